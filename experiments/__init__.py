@@ -1,0 +1,1 @@
+"""Training runs on real data; every entry is `python experiments/<entry>.py`."""

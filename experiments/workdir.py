@@ -1,0 +1,67 @@
+"""The folder of a run: it belongs to one config, and no run writes into another's."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+CONFIG_NAME = "config.json"
+
+
+def claim(
+    workdir: str | os.PathLike, config: Any, *, write: bool = True
+) -> pathlib.Path:
+    """Make `workdir` the folder of `config`, or find that it is.
+
+    Args:
+      workdir: a folder; it and its parents are made where they are missing.
+      config: a dataclass.
+      write: False in all processes but one.
+
+    Returns:
+      The folder as an absolute path.
+
+    Raises:
+      ValueError: where the folder holds a run of another config, or a run without
+        its config. Nothing is written then.
+    """
+    folder = pathlib.Path(workdir).expanduser().resolve()
+    path = folder / CONFIG_NAME
+    # Through JSON, so that tuples and lists compare equal.
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        differences = _differences(json.loads(path.read_text()), ours)
+        if differences:
+            raise ValueError(
+                f"{folder} holds a run of another config; nothing was changed. It "
+                "differs in (there -> here):\n"
+                + "\n".join(f"  config.{line}" for line in differences)
+                + "\nGo on with that config, or choose another --workdir."
+            )
+        return folder
+    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise ValueError(
+            f"{folder} holds checkpoints or metrics, but no {CONFIG_NAME} that says "
+            "which run they are of; nothing was changed. Choose another --workdir."
+        )
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(ours, indent=2) + "\n")
+        os.replace(temporary, path)
+    return folder
+
+
+def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return [
+            line
+            for name in sorted({*theirs, *ours})
+            for line in _differences(
+                theirs.get(name, "(absent)"),
+                ours.get(name, "(absent)"),
+                f"{path}.{name}" if path else name,
+            )
+        ]
+    return [] if theirs == ours else [f"{path}: {theirs!r} -> {ours!r}"]

@@ -1,0 +1,5 @@
+"""Look at masks: pictures."""
+
+from sparsejax.analysis.plots import plot_densities as plot_densities
+from sparsejax.analysis.plots import plot_input_connections as plot_input_connections
+from sparsejax.analysis.plots import plot_mask as plot_mask

@@ -1,0 +1,275 @@
+"""The search for thresholds by counting, for all arrays of a tree at once.
+
+The bits of a floating-point number, read through a monotone map to unsigned
+integers, order as the number does. The k-th largest score is therefore the largest
+integer that at least k scores reach, and it is found by counting: a pass compares
+with three thresholds and settles two bits, so at most 17 passes for float32 and 9 for
+bfloat16 and float16, fewer when thresholds that separate exactly k scores turn up
+early. Ties at a threshold are decided by one more search, over positions.
+
+A slice is what one k belongs to: a whole array, the part of it along some axes, or
+all arrays together. The state of a search is one vector over all slices, and nothing
+but their counts ever leaves a device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Axes = tuple[int, ...]
+Candidates = Sequence[tuple[jax.Array, jax.Array | None]]
+
+
+def select(
+    candidates: Callable[[jax.Array, list[jax.Array]], Candidates],
+    wanted: Callable[[jax.Array, jax.Array], jax.Array],
+    like: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    *,
+    rounds: int = 1,
+    shared: bool = False,
+    by_magnitude: bool = False,
+) -> list[jax.Array]:
+    """Select, round by round, the candidates that score highest.
+
+    The rounds are one loop, and so is breaking ties: however many there are, each
+    array is compiled for once.
+
+    Args:
+      candidates: ``(round, selected) -> [(scores, where)]``, for each array its scores
+        and what is eligible (None: all); it must not offer what is selected already.
+      wanted: ``(round, number selected so far) -> k``, int32 [slices] each.
+      like: arrays whose shapes, shardings and dtypes the scores have.
+      axes: for each array, the axes of a slice.
+      rounds: how many.
+      shared: whether all arrays together are one slice.
+      by_magnitude: whether scores are ranked by their absolute value.
+
+    Returns:
+      A bool array like each array, ``True`` where it was selected.
+    """
+    slices = Slices(like, axes, shared)
+    positions = [np.uint32(n) for n in slices.last_positions]
+    key_bounds = slices.constant([key_bound(x.dtype) for x in like])
+
+    def play(state):
+        turn, selected, taken, tied_at, missing = state
+        round_, breaks_ties = turn >> 1, (turn & 1) == 1
+        keys = []
+        offers = candidates(round_, selected)
+        # Tied to the turn, or XLA computes all positions ahead and keeps them.
+        one, _ = lax.optimization_barrier((jnp.uint32(1), turn))
+        for (scores, where), cut, last in zip(
+            offers, slices.split(tied_at), positions, strict=True
+        ):
+            key = keys_of(scores, where, by_magnitude=by_magnitude)
+            tied = jnp.where(key == cut, last - row_major_index(key, one), 0)
+            keys.append(jnp.where(breaks_ties, tied, key))
+        k = jnp.where(breaks_ties, missing, wanted(round_, taken))
+        bound = jnp.where(breaks_ties, positions[0] + 1, key_bounds)
+        found = search(slices.counter(keys), k, bound)
+        separated = found.reached == k
+        cuts = slices.split(jnp.where(separated, found.threshold, found.threshold + 1))
+        selected = [
+            before | (key >= cut)
+            for before, key, cut in zip(selected, keys, cuts, strict=True)
+        ]
+        gained = jnp.where(separated, k, found.above)
+        missing = jnp.where(found.threshold > 0, k - gained, 0)
+        turn = jnp.where(jnp.any(missing > 0), turn + 1, (round_ + 1) * 2)
+        return turn, selected, taken + gained, found.threshold, missing
+
+    zero = zero_of(like)
+    none = jnp.broadcast_to(zero, slices.count)
+    nowhere = [jnp.zeros_like(x, dtype=bool) | (zero > 0) for x in like]
+    start = (zero, nowhere, none, none.astype(jnp.uint32), none)
+    return lax.while_loop(lambda state: state[0] < 2 * rounds, play, start)[1]
+
+
+class Found(NamedTuple):
+    """Where a search stands; every field is [slices]."""
+
+    threshold: jax.Array  # uint32, reached by at least k; 0: no key so far
+    high: jax.Array  # uint32, above the threshold, reached by fewer than k
+    reached: jax.Array  # int32, how many reach the threshold; -1 while it is 0
+    above: jax.Array  # int32, how many reach high
+
+
+def search(count, k: jax.Array, bound: jax.Array, *, exact: bool = False) -> Found:
+    """Find thresholds in [0, bound] that at least ``k`` keys reach.
+
+    A slice is done as soon as exactly ``k`` of its keys reach the threshold; with
+    ``exact``, and where ties decide, when it is the largest such threshold and
+    ``high`` the next integer. Where fewer than ``k`` keys reach 1 it stays at 0.
+
+    Args:
+      count: ``[thresholds] -> [counts]`` of keys that reach them, [slices] each.
+      k: int32 [slices].
+      bound: uint32 [slices], what no key reaches: the answer where ``k`` is 0.
+      exact: whether to go on to the last bit.
+    """
+
+    def is_open(found):
+        wide = found.high - found.threshold > 1
+        return wide if exact else wide & (found.reached != k)
+
+    def narrow(found):
+        low, high, reached, above = found
+        quarter, rest = (high - low) >> 2, (high - low) & 3
+        tries = [low + quarter * j + (rest * j >> 2) for j in (1, 2, 3)]
+        counts = count(tries)
+        for t, n in zip(tries, counts, strict=True):
+            enough = is_open(found) & (n >= k) & (t > found.threshold)
+            low, reached = jnp.where(enough, t, low), jnp.where(enough, n, reached)
+        for t, n in zip(tries[::-1], counts[::-1], strict=True):
+            short = is_open(found) & (n < k)
+            high, above = jnp.where(short, t, high), jnp.where(short, n, above)
+        return Found(low, high, reached, above)
+
+    zero = jnp.zeros_like(k)
+    low = zero.astype(jnp.uint32)
+    start = Found(low, low + bound + 1, zero - 1, zero)
+    return lax.while_loop(lambda found: jnp.any(is_open(found)), narrow, start)
+
+
+class Slices:
+    """The slices of several arrays, numbered through.
+
+    Args:
+      like: the arrays.
+      axes: for each, the axes of a slice.
+      shared: whether all arrays together are one slice.
+
+    Attributes:
+      count: how many slices there are.
+      last_positions: for each array, the number of its first element when elements
+        are numbered downwards; numbers are unique within a slice.
+    """
+
+    def __init__(self, like: Sequence[jax.Array], axes: Sequence[Axes], shared: bool):
+        self.axes = axes
+        self.shared = shared
+        self.shapes = [
+            tuple(1 if i in over else n for i, n in enumerate(x.shape))
+            for x, over in zip(like, axes, strict=True)
+        ]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.count = 1 if shared else sum(sizes)
+        self.ends = [1] * len(sizes) if shared else np.cumsum(sizes).tolist()
+        self.starts = [e - n for e, n in zip(self.ends, sizes, strict=True)]
+        elements = [x.size for x in like]
+        behind = [sum(elements[i + 1 :]) if shared else 0 for i in range(len(elements))]
+        self.last_positions = [n + b for n, b in zip(elements, behind, strict=True)]
+
+    def split(self, vector: jax.Array) -> list[jax.Array]:
+        """Return each array's part of [slices], shaped to broadcast against it."""
+        bounds = zip(self.starts, self.ends, self.shapes, strict=True)
+        return [vector[a:b].reshape(shape) for a, b, shape in bounds]
+
+    def join(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Return [slices] from each array's counts."""
+        parts = [_unsharded(part).reshape(-1) for part in parts]
+        return sum(parts[1:], parts[0]) if self.shared else jnp.concatenate(parts)
+
+    def constant(self, per_array: Sequence[int]) -> jax.Array:
+        """Return uint32 [slices] with one number an array."""
+        if self.shared:
+            return jnp.full(1, per_array[0], jnp.uint32)
+        sizes = [b - a for a, b in zip(self.starts, self.ends, strict=True)]
+        return jnp.asarray(np.repeat(np.array(per_array, np.uint32), sizes))
+
+    def counter(self, keys: Sequence[jax.Array]):
+        """Return a function that counts the keys of each slice that reach thresholds.
+
+        One reduction with several operands reads the keys once. XLA's CPU backend
+        runs it several times faster than as many reductions with one, which it
+        rewrites into windows over a materialised copy.
+        """
+        zeros = [jnp.zeros((), jnp.int32)] * 3
+        add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+
+        def count(thresholds):
+            cuts = zip(*(self.split(t) for t in thresholds), strict=True)
+            counts = [
+                lax.reduce(
+                    [(key >= c).astype(jnp.int32) for c in cut], zeros, add, over
+                )
+                for key, cut, over in zip(keys, cuts, self.axes, strict=True)
+            ]
+            return [self.join(parts) for parts in zip(*counts, strict=True)]
+
+        return count
+
+
+def row_major_index(like: jax.Array, one: jax.Array) -> jax.Array:
+    """Number the elements of an array, uint32 and from 0, sharded as it is.
+
+    A sum of iotas, one an axis, so that each device of a mesh makes its own part.
+    """
+    index = jnp.zeros_like(like, jnp.uint32)
+    for axis in range(like.ndim):
+        stride = np.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
+        index += one * stride * lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    return index
+
+
+def keys_of(
+    scores: jax.Array, where: jax.Array | None, *, by_magnitude: bool = False
+) -> jax.Array:
+    """Map floats to uint32 that order alike; 0 marks NaN and what is not eligible.
+
+    Integer operations only: the float units of some backends flush denormals.
+    """
+    sign, infinity = _sign_and_infinity(scores.dtype)
+    bits = lax.bitcast_convert_type(scores, sign.dtype)
+    magnitude = bits & ~sign
+    keys = sign + magnitude
+    if not by_magnitude:
+        keys = jnp.where(bits & sign != 0, sign - magnitude, keys)
+    eligible = magnitude <= infinity
+    if where is not None:
+        eligible &= where
+    return jnp.where(eligible, keys, jnp.zeros_like(keys)).astype(jnp.uint32)
+
+
+def scores_of(keys: jax.Array, dtype) -> jax.Array:
+    """Invert `keys_of`; 0 and `key_bound` become NaN."""
+    sign, _ = _sign_and_infinity(dtype)
+    keys = jnp.where(keys == 0, jnp.uint32(key_bound(dtype)), keys).astype(sign.dtype)
+    bits = jnp.where(keys >= sign, keys - sign, (sign - keys) | sign)
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def key_bound(dtype) -> int:
+    """Return the key above that of +inf."""
+    return sum(map(int, _sign_and_infinity(dtype))) + 1
+
+
+def _sign_and_infinity(dtype):
+    """Return the bit patterns of -0 and of +inf as NumPy unsigned integers."""
+    info = jnp.finfo(dtype)
+    unsigned = {16: np.uint16, 32: np.uint32}[info.bits]
+    infinity = ((1 << info.nexp) - 1) << info.nmant
+    return unsigned(1 << (info.bits - 1)), unsigned(infinity)
+
+
+def _unsharded(counts: jax.Array) -> jax.Array:
+    """Spell out, where axes of the mesh are explicit, that counts go everywhere."""
+    sharding = jax.typeof(counts).sharding
+    if sharding.mesh.explicit_axes and any(sharding.spec):
+        return jax.sharding.reshard(counts, jax.P())
+    return counts
+
+
+def zero_of(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return an int32 0 that, inside `jax.shard_map`, varies as the arrays do.
+
+    A loop's carry must enter it with the type that it comes back with.
+    """
+    empty = [jnp.atleast_1d(x)[:0] != 0 for x in arrays]
+    return sum(jnp.sum(x, dtype=jnp.int32) for x in empty)

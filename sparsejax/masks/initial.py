@@ -1,0 +1,139 @@
+"""First masks, and first weights for them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sparsejax.masks._search import row_major_index
+from sparsejax.masks.layout import Layout
+from sparsejax.masks.selection import top_k_mask, top_k_masks
+
+
+def random_scores(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Draw scores in random order, for selections only.
+
+    The position of an element and two random words go through a bijective 32-bit
+    mixer, twice. That costs a fifth of the time of `jax.random.bits`, each device of a
+    mesh makes its own part, and the values do not depend on the mesh. The upper 30
+    bits are handed out as the bits of a float32: the values lie in [0, 2), their order
+    is uniformly random, their distribution is not uniform.
+
+    Args:
+      key: a PRNG key.
+      like: array whose shape and sharding the scores take.
+
+    Returns:
+      float32 array.
+    """
+    words = jax.random.bits(key, (2,))
+    mixed = _mix(row_major_index(like, jnp.uint32(1)) ^ words[0])
+    mixed = _mix(mixed + words[1])
+    return lax.bitcast_convert_type(mixed >> 2, jnp.float32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Permute the 32-bit integers: multiply and xor-shift, as hash finalisers do."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def random_mask(
+    key: jax.Array,
+    weight: jax.Array,
+    k: chex.Numeric,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+) -> jax.Array:
+    """Draw a mask uniformly among those with exactly ``k`` active weights.
+
+    Args:
+      key: a PRNG key.
+      weight: array whose shape and sharding the mask takes; its values do not matter.
+      k: active weights, an integer, traced or not; with ``axis`` per slice along
+        these axes (for one constant fan-in, the fan-in axes).
+      axis: the axes of a slice; ``None``: the whole array.
+
+    Returns:
+      Bool array, ``True`` where a weight is active.
+
+    Example:
+      >>> import jax
+      >>> from sparsejax import masks
+      >>> mask = masks.random_mask(jax.random.key(0), jax.numpy.ones((4, 8)), 6)
+      >>> int(mask.sum())
+      6
+    """
+    return top_k_mask(random_scores(key, weight), k, axis=axis)
+
+
+def random_masks(
+    keys: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    k: Sequence[chex.Numeric],
+    axes: Sequence[tuple[int, ...] | None],
+) -> list[jax.Array]:
+    """Draw several masks, each as `random_mask` does, in one search."""
+    pairs = zip(keys, weights, strict=True)
+    return top_k_masks([random_scores(key, w) for key, w in pairs], k, axis=axes)
+
+
+def sparse_init(
+    key: jax.Array,
+    weight: jax.Array,
+    mask: jax.Array,
+    *,
+    layout: Layout | None = None,
+    variant: Literal["variance", "std"] = "variance",
+) -> jax.Array:
+    """Draw active weights afresh from a normal whose scale fits their own fan-in.
+
+    A neuron with k active inputs passes its signal on through ReLU at unit variance
+    when its weights have variance 2/k; a dense initialiser, which sees the full
+    fan-in, starts sparse networks with vanishing activations.
+
+    Args:
+      key: a PRNG key.
+      weight: array whose shape, dtype and sharding the result takes.
+      mask: bool array of the shape of ``weight``.
+      layout: which axes are neurons; ``None`` means the last one.
+      variant: ``"variance"`` draws with variance 2/k (Evci et al. 2022, "Gradient
+        flow in sparse neural networks", section 4); ``"std"`` with standard
+        deviation 2/k, as the released code of SRigL does (Lasby et al. 2024), about
+        sqrt(k/2) times smaller.
+
+    Returns:
+      Array like ``weight``; exactly 0 off the mask.
+
+    Raises:
+      ValueError: unknown variant, or ``mask`` of another shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sparsejax import masks
+      >>> weight = jnp.zeros((64, 3))
+      >>> mask = masks.random_mask(jax.random.key(0), weight, 96)
+      >>> weight = masks.sparse_init(jax.random.key(1), weight, mask)
+      >>> bool(((weight != 0) == mask).all())
+      True
+    """
+    if variant not in ("variance", "std"):
+        raise ValueError(
+            f'sparse_init(variant=...) must be "variance" or "std", got {variant!r}.'
+        )
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"sparse_init: the mask must have the shape of the weight, {weight.shape}, "
+            f"got {mask.shape}."
+        )
+    axes = (layout or Layout()).fan_in_axes(weight.ndim)
+    fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+    scale = 2.0 / jnp.maximum(fan_in, 1)
+    scale = jnp.sqrt(scale) if variant == "variance" else scale
+    drawn = jax.random.normal(key, weight.shape) * scale
+    return jnp.where(mask, drawn, 0).astype(weight.dtype)

@@ -1,0 +1,119 @@
+"""What SET and RigL share: everything but the score that growth goes by."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import schedules
+from sparsejax.distributions import Distribution
+from sparsejax.masks.layout import Layout, Leaf, Where
+from sparsejax.masks.unstructured import drop_and_grow_all
+from sparsejax.schedules import Periodic, Schedule, share
+from sparsejax.sparse_optax._core import (
+    Algorithm,
+    Change,
+    draw_masks,
+    transformation,
+    tree_of_leaves,
+)
+from sparsejax.sparse_optax._plan import Request, check_key
+
+GrowScore = Callable[[Change, int, Leaf], jax.Array]
+
+
+class Dynamic(NamedTuple):
+    """The arguments of a drop-and-grow algorithm, as its factory documents them."""
+
+    sparsity: float
+    distribution: str | Distribution
+    where: Where
+    layout: Mapping[str, Layout] | None
+    key: jax.Array | None
+    drop_fraction: float | Schedule
+    start_at: int
+    update_every: int
+    stop_at: int | None
+    step_on_update: bool
+    accumulate: int = 1
+
+
+def drop_and_grow_transformation(
+    name: str,
+    inner: optax.GradientTransformation | None,
+    arguments: Dynamic,
+    grow_score: GrowScore,
+    *,
+    needs_gradient: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Build SET or RigL; ``grow_score`` gives the score of leaf number i."""
+    a = arguments
+    request = Request(name, a.sparsity, a.distribution, a.where, a.layout).check()
+    check_key(name, a.key)
+    period = Periodic(a.start_at, a.update_every, a.stop_at).check(name)
+    drop_fraction = _drop_schedule(name, a.drop_fraction, a.stop_at)
+    _check_accumulate(name, a.accumulate, period)
+
+    def start(params, random):
+        leaves = request.leaves(params)
+        budgets = request.budgets(leaves)
+        drawn = draw_masks(params, leaves, budgets, random)
+        return drawn, tree_of_leaves(
+            params, budgets, lambda p, _: jnp.asarray(budgets[p])
+        )
+
+    def due(step):
+        return period.due(step) & (step > 0)
+
+    def change(leaves, masks, now):
+        fraction = drop_fraction(now.step)
+        budgets = jax.tree.leaves(now.budgets)
+        return drop_and_grow_all(
+            masks,
+            now.weights,
+            [grow_score(now, i, leaf) for i, leaf in enumerate(leaves)],
+            active=budgets,
+            n_drop=[share(budget, fraction) for budget in budgets],
+            axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
+        )
+
+    def accumulate(step):
+        to_go = -step % period.update_every
+        return to_go < a.accumulate, to_go == 0
+
+    algorithm = Algorithm(
+        name=name,
+        start=start,
+        leaves=request.leaves,
+        due=due,
+        change=change,
+        needs_gradient=needs_gradient,
+        accumulate=accumulate if a.accumulate > 1 else None,
+        step_on_update=a.step_on_update,
+    )
+    return transformation(algorithm, inner, a.key)
+
+
+def _drop_schedule(name, drop_fraction, stop_at) -> Schedule:
+    if callable(drop_fraction):
+        return drop_fraction
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(
+            f"{name}(drop_fraction=...) must lie in [0, 1] or be a function of the "
+            f"step, got {drop_fraction!r}."
+        )
+    if stop_at:
+        return schedules.cosine_drop(drop_fraction, stop_at)
+    return schedules.constant_drop(drop_fraction)
+
+
+def _check_accumulate(name, accumulate, period) -> None:
+    whole = isinstance(accumulate, int) and not isinstance(accumulate, bool)
+    if not whole or not 1 <= accumulate <= period.update_every:
+        raise ValueError(
+            f"{name}(accumulate=...) counts the steps before an update whose gradients "
+            f"are summed and must lie in [1, update_every={period.update_every}], got "
+            f"{accumulate!r}."
+        )

@@ -1,0 +1,135 @@
+"""From what a user asks for to the leaves that are sparse and what each keeps."""
+
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import distributions
+from sparsejax.distributions import Distribution
+from sparsejax.masks.layout import Layout, Leaf, Where, select_leaves
+
+_NAMED = {"erk": distributions.erk, "uniform": distributions.uniform}
+
+
+class Request(NamedTuple):
+    """What a factory was asked for; checked by `check`."""
+
+    owner: str
+    sparsity: float
+    distribution: str | Distribution
+    where: Where
+    layout: Mapping[str, Layout] | None
+
+    def check(self) -> "Request":
+        """Return the request; raise if its values cannot be meant, naming the owner."""
+        check_sparsity(f"{self.owner}(sparsity=...)", self.sparsity)
+        if not callable(self.distribution) and self.distribution not in _NAMED:
+            raise ValueError(
+                f"{self.owner}(distribution=...) must be one of {sorted(_NAMED)} or a "
+                f"function (shapes, sparsity) -> kept, got {self.distribution!r}."
+            )
+        if isinstance(self.where, Mapping):
+            for pattern, sparsity in self.where.items():
+                _check_pattern(self.owner, "where", pattern)
+                check_sparsity(f"{self.owner}(where={{{pattern!r}: ...}})", sparsity)
+        elif self.where is not None and not callable(self.where):
+            raise TypeError(
+                f"{self.owner}(where=...) must be None, a predicate on (path, leaf) or "
+                f"a dict from regex to sparsity, got {type(self.where).__name__}."
+            )
+        for pattern, layout in dict(self.layout or {}).items():
+            _check_pattern(self.owner, "layout", pattern)
+            if not isinstance(layout, Layout):
+                raise TypeError(
+                    f"{self.owner}(layout={{{pattern!r}: ...}}) must be a "
+                    f"sparsejax.masks.Layout, got {type(layout).__name__}."
+                )
+        return self
+
+    def leaves(self, params: chex.ArrayTree) -> dict[str, Leaf]:
+        """Return the leaves of ``params`` that are to be sparse, by path."""
+        return select_leaves(params, where=self.where, layout=self.layout)
+
+    def budgets(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+        """Return how many weights each leaf keeps, one number for a stacked layer."""
+        shared = {p: leaf for p, leaf in leaves.items() if leaf.sparsity is None}
+        kept = {
+            path: distributions.uniform(_layers(leaf), leaf.sparsity)
+            for path, leaf in leaves.items()
+            if leaf.sparsity is not None
+        }
+        shapes = {n: s for leaf in shared.values() for n, s in _layers(leaf).items()}
+        if shapes:
+            distribution = _NAMED.get(self.distribution, self.distribution)
+            given = distribution(shapes, self.sparsity)
+            self._check_given(given, shapes)
+            kept |= {p: {n: given[n] for n in _layers(x)} for p, x in shared.items()}
+        return {path: _stack(leaves[path], kept[path]) for path in leaves}
+
+    def _check_given(self, given: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for path, shape in shapes.items():
+            n = given.get(path)
+            whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
+            if not whole or not 0 <= n <= math.prod(shape):
+                raise ValueError(
+                    f"{self.owner}(distribution=...) must give an integer between 0 "
+                    f"and {math.prod(shape)}, the size of {path}, got {n!r}."
+                )
+
+
+def check_sparsity(what: str, sparsity: Any) -> None:
+    """Raise ValueError unless ``sparsity`` is a number in [0, 1)."""
+    try:
+        distributions.rational(sparsity)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} is the fraction of weights that are zero and must lie in [0, 1), "
+            f"got {sparsity!r}."
+        ) from None
+
+
+def _check_pattern(owner: str, argument: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{owner}({argument}=...): keys are regular expressions on paths, got "
+            f"{pattern!r}: {error}."
+        ) from None
+
+
+def _layers(leaf: Leaf) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of each layer that a leaf stacks; often just one."""
+    shape = leaf.layout.layer_shape(leaf.shape)
+    stack = _stack_shape(leaf)
+    if not stack:
+        return {leaf.path: shape}
+    return {f"{leaf.path}{list(index)}": shape for index in np.ndindex(*stack)}
+
+
+def _stack_shape(leaf: Leaf) -> tuple[int, ...]:
+    return tuple(leaf.shape[i] for i in leaf.layout.resolve(len(leaf.shape)).batch)
+
+
+def _stack(leaf: Leaf, kept: Mapping[str, int]) -> np.ndarray:
+    return np.array([*kept.values()], np.int32).reshape(_stack_shape(leaf))
+
+
+def check_key(owner: str, key: Any) -> None:
+    """Raise TypeError unless ``key`` is one PRNG key, or None."""
+    if key is None:
+        return
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and key.shape == ()) and dtype != jnp.uint32:
+        raise TypeError(
+            f"{owner}(key=...) must be one PRNG key, such as jax.random.key(0), got "
+            f"{key!r}; map over several with jax.vmap."
+        )

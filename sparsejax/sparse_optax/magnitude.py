@@ -1,0 +1,123 @@
+"""Magnitude pruning: dense at first, then sparser by a cubic schedule, or at once."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.distributions import Distribution, uniform
+from sparsejax.masks.layout import Layout, Where
+from sparsejax.masks.unstructured import prune_all, prune_together
+from sparsejax.schedules import Periodic, cubic_progress, share
+from sparsejax.sparse_optax._core import Algorithm, transformation, tree_of_leaves
+from sparsejax.sparse_optax._plan import Request, check_key
+
+
+def magnitude(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    sparsity: float,
+    scope: Literal["layer", "global"] = "layer",
+    distribution: str | Distribution = "erk",
+    where: Where = None,
+    layout: Mapping[str, Layout] | None = None,
+    key: jax.Array | None = None,
+    start_at: int = 0,
+    update_every: int = 100,
+    stop_at: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Prune the weights of least magnitude, gradually or in one shot.
+
+    Masks are all active at first. They shrink at the multiples of ``update_every`` in
+    [start_at, stop_at), along `sparsejax.schedules.cubic_progress`, and have the
+    target sparsity after the last of these steps. Where there is none, and where
+    ``stop_at`` is None or equals ``start_at``, all pruning happens at ``start_at``.
+    Pruned weights never return.
+
+    Args:
+      inner: the optimizer to run under the mask; None makes this the last link of a
+        chain.
+      sparsity: final fraction of weights that are zero, in [0, 1).
+      scope: "layer" prunes each layer to what ``distribution`` says; "global" ranks
+        the weights of all sparse leaves together and leaves ``distribution`` aside.
+      distribution: as in `rigl`.
+      where: as in `rigl`; with "global" scope, a dict may only say 0.
+      layout: as in `rigl`.
+      key: PRNG key; pruning draws nothing from it.
+      start_at: first step at which weights may be pruned.
+      update_every: steps between updates.
+      stop_at: no update from this step on.
+
+    Returns:
+      An optax transformation with a `SparseState`.
+
+    Raises:
+      ValueError, TypeError: arguments that cannot be meant, here; a tree that does not
+        fit, at ``init``.
+
+    References:
+      Zhu and Gupta 2017, "To prune, or not to prune", section 3.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparsejax import sparse_optax
+      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+      >>> tx = sparse_optax.magnitude(optax.sgd(0.0), sparsity=0.75)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 7.0, 8.0]]
+    """
+    request = Request("magnitude", sparsity, distribution, where, layout).check()
+    check_key("magnitude", key)
+    period = Periodic(start_at, update_every, stop_at).check("magnitude")
+    if scope not in ("layer", "global"):
+        raise ValueError(
+            f'magnitude(scope=...) must be "layer" or "global", got {scope!r}.'
+        )
+    if scope == "global" and isinstance(where, Mapping) and any(where.values()):
+        raise ValueError(
+            'magnitude(scope="global") ranks all leaves together, so where= cannot '
+            f"give a leaf a sparsity of its own; use 0 or a predicate, got {where}."
+        )
+    last = period.last
+    once = last is None
+    progress = cubic_progress(start_at, start_at if once else last)
+
+    def start(params, _):
+        leaves = request.leaves(params)
+        active = tree_of_leaves(params, leaves, lambda _, x: jnp.ones_like(x, bool))
+        if scope == "layer":
+            kept = request.budgets(leaves)
+        else:
+            size = sum(math.prod(leaf.shape) for leaf in leaves.values())
+            return active, jnp.int32(uniform({"": (size,)}, sparsity)[""])
+        return active, tree_of_leaves(params, kept, lambda p, _: jnp.asarray(kept[p]))
+
+    def due(step):
+        return step == start_at if once else period.due(step)
+
+    def left(size, budget, step):
+        return size - share(size - budget, progress(step))
+
+    def change_layers(leaves, masks, now):
+        budgets = jax.tree.leaves(now.budgets)
+        sizes = [m.size // b.size for m, b in zip(masks, budgets, strict=True)]
+        return prune_all(
+            masks,
+            now.weights,
+            k=[left(n, b, now.step) for n, b in zip(sizes, budgets, strict=True)],
+            axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
+        )
+
+    def change_all(leaves, masks, now):
+        dtype = jnp.result_type(*now.weights)
+        weights = [weight.astype(dtype) for weight in now.weights]
+        size = sum(mask.size for mask in masks)
+        return prune_together(masks, weights, left(size, now.budgets, now.step))
+
+    change = change_layers if scope == "layer" else change_all
+    algorithm = Algorithm("magnitude", start, request.leaves, due, change)
+    return transformation(algorithm, inner, key)

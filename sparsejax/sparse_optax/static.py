@@ -1,0 +1,101 @@
+"""Training under a mask that does not change."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.distributions import Distribution
+from sparsejax.masks.layout import Layout, Where, named_leaves
+from sparsejax.sparse_optax._core import (
+    Algorithm,
+    check_same_leaves,
+    draw_masks,
+    transformation,
+    tree_of_leaves,
+)
+from sparsejax.sparse_optax._plan import Request, check_key
+
+
+def static(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    sparsity: float | None = None,
+    masks: optax.Params | None = None,
+    distribution: str | Distribution = "erk",
+    where: Where = None,
+    layout: Mapping[str, Layout] | None = None,
+    key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train under a fixed mask: a random one, or one that is given.
+
+    Args:
+      inner: the optimizer to run under the mask; None makes this the last link of a
+        chain.
+      sparsity: fraction of weights that are zero, in [0, 1), for a random mask.
+      masks: tree like the parameters of bool arrays, ``True`` where a weight is active,
+        and None where a leaf is dense. Takes the place of ``sparsity``.
+      distribution: "erk", "uniform", or a function ``(shapes, sparsity) -> kept`` as
+        in `sparsejax.distributions`.
+      where: which leaves are sparse; see `sparsejax.masks.select_leaves`.
+      layout: dict from path regex to `sparsejax.masks.Layout`.
+      key: PRNG key of the random mask; ``jax.random.key(0)`` by default.
+
+    Returns:
+      An optax transformation with a `SparseState`.
+
+    Raises:
+      ValueError, TypeError: arguments that cannot be meant, here; a tree that does not
+        fit, at ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from sparsejax import sparse_optax
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> masks = {"kernel": jnp.array([[True, False], [False, True]])}
+      >>> tx = sparse_optax.static(optax.sgd(0.5), masks=masks)
+      >>> opt_state = tx.init(params)
+      >>> updates, opt_state = tx.update(params, opt_state, params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[0.5, 0.0], [0.0, 0.5]]
+    """
+    if (sparsity is None) == (masks is None):
+        raise ValueError(
+            "static needs exactly one of sparsity=..., for a random mask, and "
+            f"masks=..., got {'neither' if masks is None else 'both'}."
+        )
+    check_key("static", key)
+    if masks is not None:
+        return transformation(_given(masks), inner, key)
+    request = Request("static", sparsity, distribution, where, layout).check()
+
+    def start(params, random):
+        leaves = request.leaves(params)
+        budgets = request.budgets(leaves)
+        drawn = draw_masks(params, leaves, budgets, random)
+        return drawn, tree_of_leaves(
+            params, budgets, lambda p, _: jnp.asarray(budgets[p])
+        )
+
+    return transformation(Algorithm("static", start, request.leaves), inner, key)
+
+
+def _given(masks: optax.Params) -> Algorithm:
+    """Return the algorithm that starts from ``masks`` and stays there."""
+    named = named_leaves(masks)
+    if not named:
+        raise ValueError("static(masks=...) must hold at least one mask, got none.")
+    for path, mask in named.items():
+        if getattr(mask, "dtype", None) != jnp.bool_:
+            raise TypeError(
+                f"static(masks=...): the mask of {path} must be a bool array, True "
+                f"where a weight is active, got {getattr(mask, 'dtype', type(mask))}."
+            )
+
+    def start(params, _):
+        check_same_leaves("static(masks=...)", params, masks)
+        mine = tree_of_leaves(params, named, lambda p, _: jnp.asarray(named[p]))
+        return mine, jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), mine)
+
+    return Algorithm("static", start, lambda params: {})
