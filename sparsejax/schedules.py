@@ -6,14 +6,14 @@ of those, and any function of one's own, may stand in their place.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[chex.Numeric], chex.Numeric]
+Schedule = Callable[[chex.Numeric], Any]
 
 
 def constant_drop(initial: float) -> Schedule:

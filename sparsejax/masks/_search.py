@@ -14,7 +14,7 @@ but their counts ever leaves a device.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,13 @@ import numpy as np
 from jax import lax
 
 Axes = tuple[int, ...]
-Candidates = Sequence[tuple[jax.Array, jax.Array | None]]
+Offer = tuple[jax.Array, jax.Array | None, jax.Array | None]
 
 
 def select(
-    candidates: Callable[[jax.Array, list[jax.Array]], Candidates],
+    candidates: Callable[[jax.Array, list[jax.Array], Any], Sequence[Offer]],
     wanted: Callable[[jax.Array, jax.Array], jax.Array],
+    operands: Any,
     like: Sequence[jax.Array],
     axes: Sequence[Axes],
     *,
@@ -38,12 +39,13 @@ def select(
     """Select, round by round, the candidates that score highest.
 
     The rounds are one loop, and so is breaking ties: however many there are, each
-    array is compiled for once.
+    array is compiled for once, and arrays of one shape share what is compiled.
 
     Args:
-      candidates: ``(round, selected) -> [(scores, where)]``, for each array its scores
-        and what is eligible (None: all); it must not offer what is selected already.
-      wanted: ``(round, number selected so far) -> k``, int32 [slices] each.
+      candidates: ``(round, selected, operands) -> [offer]``, for each array what
+        `keys_of` takes; it must not offer what is selected already.
+      wanted: ``(round, how many are selected) -> k``, int32 [slices] each.
+      operands: arrays that ``candidates`` reads.
       like: arrays whose shapes, shardings and dtypes the scores have.
       axes: for each array, the axes of a slice.
       rounds: how many.
@@ -53,25 +55,29 @@ def select(
     Returns:
       A bool array like each array, ``True`` where it was selected.
     """
-    slices = Slices(like, axes, shared)
-    positions = [np.uint32(n) for n in slices.last_positions]
+    slices = Slices(like, axes, shared=shared)
     key_bounds = slices.constant([key_bound(x.dtype) for x in like])
+    number_bound = jnp.uint32(max(slices.last_numbers) + 1)
 
     def play(state):
         turn, selected, taken, tied_at, missing = state
         round_, breaks_ties = turn >> 1, (turn & 1) == 1
+        # Tied to the turn, or XLA computes keys and numbers ahead and keeps them.
+        given, one, _ = lax.optimization_barrier((operands, jnp.uint32(1), turn))
         keys = []
-        offers = candidates(round_, selected)
-        # Tied to the turn, or XLA computes all positions ahead and keeps them.
-        one, _ = lax.optimization_barrier((jnp.uint32(1), turn))
-        for (scores, where), cut, last in zip(
-            offers, slices.split(tied_at), positions, strict=True
+        for offer, cut, last in zip(
+            candidates(round_, selected, given),
+            slices.split(tied_at),
+            slices.last_numbers,
+            strict=True,
         ):
-            key = keys_of(scores, where, by_magnitude=by_magnitude)
-            tied = jnp.where(key == cut, last - row_major_index(key, one), 0)
+            key = keys_of(*offer, by_magnitude=by_magnitude)
+            number = jnp.uint32(last) - row_major_index(key, one)
+            tied = jnp.where(key == cut, number, 0)
             keys.append(jnp.where(breaks_ties, tied, key))
+
         k = jnp.where(breaks_ties, missing, wanted(round_, taken))
-        bound = jnp.where(breaks_ties, positions[0] + 1, key_bounds)
+        bound = jnp.where(breaks_ties, number_bound, key_bounds)
         found = search(slices.counter(keys), k, bound)
         separated = found.reached == k
         cuts = slices.split(jnp.where(separated, found.threshold, found.threshold + 1))
@@ -147,29 +153,38 @@ class Slices:
 
     Attributes:
       count: how many slices there are.
-      last_positions: for each array, the number of its first element when elements
-        are numbered downwards; numbers are unique within a slice.
+      last_numbers: for each array the number of its first element, where elements are
+        numbered downwards, to 1, and uniquely within a slice.
     """
 
-    def __init__(self, like: Sequence[jax.Array], axes: Sequence[Axes], shared: bool):
+    def __init__(
+        self, like: Sequence[jax.Array], axes: Sequence[Axes], *, shared: bool
+    ):
         self.axes = axes
         self.shared = shared
         self.shapes = [
             tuple(1 if i in over else n for i, n in enumerate(x.shape))
             for x, over in zip(like, axes, strict=True)
         ]
-        sizes = [math.prod(shape) for shape in self.shapes]
-        self.count = 1 if shared else sum(sizes)
-        self.ends = [1] * len(sizes) if shared else np.cumsum(sizes).tolist()
-        self.starts = [e - n for e, n in zip(self.ends, sizes, strict=True)]
         elements = [x.size for x in like]
-        behind = [sum(elements[i + 1 :]) if shared else 0 for i in range(len(elements))]
-        self.last_positions = [n + b for n, b in zip(elements, behind, strict=True)]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.count = 1 if shared else sum(self.sizes)
+        self.last_numbers = elements
+        starts = np.cumsum([0, *self.sizes[:-1]], dtype=np.int32)
+        if shared:
+            self.last_numbers = np.cumsum(elements[::-1])[::-1].tolist()
+            starts = np.zeros_like(starts)
+        # Hidden from XLA, which would build a start into the code for its array:
+        # arrays of one shape could not share what is compiled.
+        self.starts = lax.optimization_barrier([jnp.int32(start) for start in starts])
 
     def split(self, vector: jax.Array) -> list[jax.Array]:
         """Return each array's part of [slices], shaped to broadcast against it."""
-        bounds = zip(self.starts, self.ends, self.shapes, strict=True)
-        return [vector[a:b].reshape(shape) for a, b, shape in bounds]
+        parts = zip(self.starts, self.sizes, self.shapes, strict=True)
+        return [
+            lax.dynamic_slice(vector, (start,), (size,)).reshape(shape)
+            for start, size, shape in parts
+        ]
 
     def join(self, parts: Sequence[jax.Array]) -> jax.Array:
         """Return [slices] from each array's counts."""
@@ -177,28 +192,18 @@ class Slices:
         return sum(parts[1:], parts[0]) if self.shared else jnp.concatenate(parts)
 
     def constant(self, per_array: Sequence[int]) -> jax.Array:
-        """Return uint32 [slices] with one number an array."""
+        """Return uint32 [slices] with one number an array; the first if shared."""
         if self.shared:
             return jnp.full(1, per_array[0], jnp.uint32)
-        sizes = [b - a for a, b in zip(self.starts, self.ends, strict=True)]
-        return jnp.asarray(np.repeat(np.array(per_array, np.uint32), sizes))
+        return jnp.asarray(np.repeat(np.array(per_array, np.uint32), self.sizes))
 
     def counter(self, keys: Sequence[jax.Array]):
-        """Return a function that counts the keys of each slice that reach thresholds.
-
-        One reduction with several operands reads the keys once. XLA's CPU backend
-        runs it several times faster than as many reductions with one, which it
-        rewrites into windows over a materialised copy.
-        """
-        zeros = [jnp.zeros((), jnp.int32)] * 3
-        add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+        """Return a function from thresholds to how many keys reach each, [slices]."""
 
         def count(thresholds):
             cuts = zip(*(self.split(t) for t in thresholds), strict=True)
             counts = [
-                lax.reduce(
-                    [(key >= c).astype(jnp.int32) for c in cut], zeros, add, over
-                )
+                count_reached(key, cut, over)
                 for key, cut, over in zip(keys, cuts, self.axes, strict=True)
             ]
             return [self.join(parts) for parts in zip(*counts, strict=True)]
@@ -206,34 +211,68 @@ class Slices:
         return count
 
 
-def row_major_index(like: jax.Array, one: jax.Array) -> jax.Array:
-    """Number the elements of an array, uint32 and from 0, sharded as it is.
+def count_reached(
+    keys: jax.Array, thresholds: Sequence[jax.Array], axes: Axes
+) -> list[jax.Array]:
+    """Count over ``axes`` the keys that reach each threshold, int32.
 
-    A sum of iotas, one an axis, so that each device of a mesh makes its own part.
+    One reduction with several operands reads the keys once. XLA's CPU backend runs it
+    several times faster than as many reductions with one, which it rewrites into
+    windows over a materialised copy.
+    """
+    zeros = [jnp.zeros((), jnp.int32)] * len(thresholds)
+    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+    return lax.reduce(
+        [(keys >= t).astype(jnp.int32) for t in thresholds], zeros, add, axes
+    )
+
+
+def row_major_index(
+    like: jax.Array, one: jax.Array, axes: Axes | None = None
+) -> jax.Array:
+    """Number the elements of each slice along ``axes``, uint32 and from 0.
+
+    A sum of iotas, one an axis, sharded as ``like``: each device makes its own part.
+    ``one`` is 1; a caller in a loop ties it to the loop.
     """
     index = jnp.zeros_like(like, jnp.uint32)
-    for axis in range(like.ndim):
-        stride = np.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
-        index += one * stride * lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    stride = 1
+    for axis in reversed(range(like.ndim) if axes is None else axes):
+        numbers = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+        index += one * np.uint32(stride % 2**32) * numbers
+        stride *= like.shape[axis]
     return index
 
 
 def keys_of(
-    scores: jax.Array, where: jax.Array | None, *, by_magnitude: bool = False
+    scores: jax.Array,
+    where: jax.Array | None,
+    nan_is_zero: jax.Array | None,
+    *,
+    by_magnitude: bool = False,
 ) -> jax.Array:
-    """Map floats to uint32 that order alike; 0 marks NaN and what is not eligible.
+    """Map floats to uint32 that order alike; 0 marks what is not eligible.
 
     Integer operations only: the float units of some backends flush denormals.
+
+    Args:
+      scores: float array.
+      where: what is eligible; None: all.
+      nan_is_zero: where a NaN counts as 0; elsewhere, and if None, it is not eligible.
+      by_magnitude: whether to order by absolute value.
     """
     sign, infinity = _sign_and_infinity(scores.dtype)
     bits = lax.bitcast_convert_type(scores, sign.dtype)
     magnitude = bits & ~sign
+    eligible = magnitude <= infinity
+    if nan_is_zero is not None:
+        magnitude = jnp.where(eligible, magnitude, jnp.zeros_like(magnitude))
+        eligible |= nan_is_zero
+    if where is not None:
+        eligible &= where
     keys = sign + magnitude
     if not by_magnitude:
         keys = jnp.where(bits & sign != 0, sign - magnitude, keys)
-    eligible = magnitude <= infinity
-    if where is not None:
-        eligible &= where
     return jnp.where(eligible, keys, jnp.zeros_like(keys)).astype(jnp.uint32)
 
 
@@ -272,4 +311,4 @@ def zero_of(arrays: Sequence[jax.Array]) -> jax.Array:
     A loop's carry must enter it with the type that it comes back with.
     """
     empty = [jnp.atleast_1d(x)[:0] != 0 for x in arrays]
-    return sum(jnp.sum(x, dtype=jnp.int32) for x in empty)
+    return sum((jnp.sum(x, dtype=jnp.int32) for x in empty), jnp.int32(0))

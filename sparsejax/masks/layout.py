@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
@@ -135,13 +134,13 @@ def path_name(path: tuple[Any, ...]) -> str:
     return keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: chex.ArrayTree) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by path, in tree order."""
     return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def select_leaves(
-    params: chex.ArrayTree,
+    params: Any,
     *,
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
@@ -176,7 +175,7 @@ def select_leaves(
       ['fc/kernel']
     """
     leaves = named_leaves(params)
-    layouts = _layouts(leaves, layout or {})
+    layouts = layouts_of(params, layout)
     if callable(where):
         chosen = {p: None for p, x in leaves.items() if _is_float(x) and where(p, x)}
         wish = "the predicate where= is true for no floating-point leaf"
@@ -213,9 +212,20 @@ def _is_embedding(path: str) -> bool:
     return "embed" in path.rsplit("/", 1)[-1].lower()
 
 
-def _layouts(leaves: Mapping[str, Any], overrides: Mapping[str, Layout]):
-    """Return the layout of each leaf: an override, or what its path tells."""
-    chosen = _first_match("layout", dict(overrides), leaves)
+def layouts_of(
+    params: Any, overrides: Mapping[str, Layout] | None = None
+) -> dict[str, Layout]:
+    """Return the layout of each leaf by path: an override, or what its path tells.
+
+    Attention projections are known by their names and shapes, ``query``, ``key`` and
+    ``value`` [in, heads, head_dim] and ``out`` [heads, head_dim, out], with stacked
+    layers in front; for all else it is the default `Layout`.
+
+    Raises:
+      ValueError: a pattern matches nothing, or a layout does not fit its leaf.
+    """
+    leaves = named_leaves(params)
+    chosen = _first_match("layout", dict(overrides or {}), leaves)
     for path, leaf in leaves.items():
         if path not in chosen:
             chosen[path] = _default_layout(path, leaf.ndim, leaves)

@@ -85,10 +85,11 @@ def top_k_masks(
     """
     scores = [jnp.asarray(s) for s in scores]
     where = [None] * len(scores) if where is None else where
-    offers = list(zip(scores, where, strict=True))
+    offers = [(s, w, None) for s, w in zip(scores, where, strict=True)]
     axes = checked_axes(scores, where, axis)
     wanted = checked_k(k, scores, axes)
-    return _search.select(lambda *_: offers, lambda *_: wanted, scores, axes)
+    given = lambda _, selected, offers: offers
+    return _search.select(given, lambda *_: wanted, offers, scores, axes)
 
 
 def kth_largest(
@@ -117,7 +118,7 @@ def kth_largest(
     (axes,) = checked_axes([scores], [where], [axis])
     k = checked_k([k], [scores], [axes])
     slices = _search.Slices([scores], [axes], shared=False)
-    count = slices.counter([_search.keys_of(scores, where)])
+    count = slices.counter([_search.keys_of(scores, where, None)])
     bound = slices.constant([_search.key_bound(scores.dtype)])
     k += _search.zero_of([scores])
     found = _search.search(count, k, bound, exact=True)
@@ -157,10 +158,9 @@ def global_top_k_mask(
     allowed = [None] * len(leaves) if where is None else treedef.flatten_up_to(where)
     axes = checked_axes(leaves, allowed, together=True)
     wanted = checked_k([k], [jnp.zeros(())], [()])
-    offers = list(zip(leaves, allowed, strict=True))
-    masks = _search.select(
-        lambda *_: offers, lambda *_: wanted, leaves, axes, shared=True
-    )
+    offers = [(s, w, None) for s, w in zip(leaves, allowed, strict=True)]
+    given = lambda _, selected, offers: offers
+    masks = _search.select(given, lambda *_: wanted, offers, leaves, axes, shared=True)
     return treedef.unflatten(masks)
 
 
@@ -204,8 +204,8 @@ def checked_k(k, scores, axes) -> jax.Array:
                 f"k must be a scalar or hold one value per slice, shape {slices}, "
                 f"got shape {one.shape}."
             )
-        one = jnp.maximum(one.astype(jnp.int32), 0)
-        parts.append(jnp.broadcast_to(one, slices).reshape(-1))
+        one = jnp.broadcast_to(jnp.maximum(one.astype(jnp.int32), 0), slices)
+        parts.append(one.reshape(-1))
     return jnp.concatenate(parts)
 
 

@@ -4,7 +4,7 @@ Each comes for one array, and for all arrays of a network in one search, which
 compiles once and runs as one loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
@@ -70,45 +70,49 @@ def drop_and_grow(
 def drop_and_grow_all(
     masks: Sequence[jax.Array],
     weights: Sequence[jax.Array],
-    grow_scores: Sequence[jax.Array],
+    grow: Sequence[jax.Array],
     *,
     active: Sequence[chex.Numeric],
     n_drop: Sequence[chex.Numeric],
     axes: Sequence[Axis],
+    grow_score: Callable[[jax.Array, jax.Array], jax.Array] = lambda grow, _: grow,
 ) -> list[jax.Array]:
     """Update several masks as `drop_and_grow` does each.
 
     Args:
       masks: bool arrays.
       weights: float arrays like the masks.
-      grow_scores: float arrays like the masks.
+      grow: for each mask the grow scores, or what ``grow_score`` makes them from.
       active: how many weights are active in each mask, scalar or per slice.
       n_drop: how many to drop from each, scalar or per slice.
       axes: the axes of a slice of each, or None.
+      grow_score: ``(grow, weight) -> scores``, float arrays like the weight.
 
     Returns:
       The new masks.
     """
-    arrays = list(zip(masks, weights, grow_scores, strict=True))
-    like = [jnp.zeros_like(w, jnp.result_type(w, g)) for _, w, g in arrays]
+    operands = list(zip(masks, weights, grow, strict=True))
+    like = [
+        jnp.zeros_like(w, jnp.result_type(w, jax.eval_shape(grow_score, g, w)))
+        for _, w, g in operands
+    ]
     axes = checked_axes(like, masks, axes)
-    active = checked_k(active, like, axes)
-    keep = jnp.maximum(active - checked_k(n_drop, like, axes), 0)
+    total = checked_k(active, like, axes)
+    keep = jnp.maximum(total - checked_k(n_drop, like, axes), 0)
 
-    def candidates(round_, kept):
+    def candidates(round_, kept, operands):
         """Offer active weights to keep, then all that are not kept to grow."""
         keeping = round_ == 0
         offers = []
-        for (mask, weight, grow_score), taken in zip(arrays, kept, strict=True):
-            score = jnp.where(keeping, weight, grow_score)
-            score = jnp.where(mask & jnp.isnan(score), 0, score)
-            offers.append((score, jnp.where(keeping, mask, ~taken)))
+        for (mask, weight, grow), taken in zip(operands, kept, strict=True):
+            score = jnp.where(keeping, weight, grow_score(grow, weight))
+            offers.append((score, jnp.where(keeping, mask, ~taken), mask))
         return offers
 
     def wanted(round_, kept):
-        return jnp.where(round_ == 0, keep, active - kept)
+        return jnp.where(round_ == 0, keep, total - kept)
 
-    return select(candidates, wanted, like, axes, rounds=2, by_magnitude=True)
+    return select(candidates, wanted, operands, like, axes, rounds=2, by_magnitude=True)
 
 
 def prune(
@@ -175,10 +179,13 @@ def prune_together(
 
 
 def _prune(masks, weights, wanted, axes, *, shared=False):
-    def candidates(_, kept):
-        pairs = zip(masks, weights, strict=True)
-        return [(jnp.where(jnp.isnan(w), 0, w), mask) for mask, w in pairs]
-
+    offers = [(w, mask, mask) for mask, w in zip(masks, weights, strict=True)]
     return select(
-        candidates, lambda *_: wanted, weights, axes, shared=shared, by_magnitude=True
+        lambda _, kept, offers: offers,
+        lambda *_: wanted,
+        offers,
+        weights,
+        axes,
+        shared=shared,
+        by_magnitude=True,
     )

@@ -1,8 +1,8 @@
 """A conditional that stays one under vmap."""
 
 from collections.abc import Callable
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,9 +11,9 @@ from jax.custom_batching import custom_vmap
 
 def change_if(
     pred: jax.Array,
-    change: Callable[[list[jax.Array], chex.ArrayTree], list[jax.Array]],
+    change: Callable[[list[jax.Array], Any], list[jax.Array]],
     masks: list[jax.Array],
-    operands: chex.ArrayTree,
+    operands: Any,
 ) -> list[jax.Array]:
     """Return ``change(masks, operands)`` if ``pred``, else ``masks``.
 

@@ -6,19 +6,22 @@ mask, its slots, and the projection that leaves exact zeros.
 """
 
 import functools
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
 
-from sparsejax.masks.initial import random_masks
-from sparsejax.masks.layout import Leaf, named_leaves
+from sparsejax.masks.blend import blend, masked
+from sparsejax.masks.layout import Layout, Leaf, layouts_of, named_leaves
 from sparsejax.sparse_optax._conditional import change_if
+from sparsejax.sparse_optax._trees import (
+    check_same_leaves,
+    sparse_leaves,
+    where_sparse,
+)
 
 
 class SparseState(NamedTuple):
@@ -51,18 +54,18 @@ class Algorithm(NamedTuple):
     Attributes:
       name: of the factory, for errors.
       start: ``(params, key) -> (masks, budgets)``, trees as in `SparseState`.
-      leaves: ``params -> {path: Leaf}``, what is sparse.
-      due: ``step -> bool``: whether masks change; ``None``: they never do.
+      layout: what the factory was given.
+      due: ``step -> bool``: whether masks change; None: they never do.
       change: ``(leaves, masks, Change) -> masks``, lists over the sparse leaves.
       needs_gradient: whether ``change`` reads gradients.
-      accumulate: ``None``, or ``step -> (whether this gradient counts towards the
-        next change, whether to start afresh afterwards)``.
+      accumulate: None, or ``step -> (whether this gradient counts towards the next
+        change, whether to start afresh afterwards)``.
       step_on_update: whether the inner optimizer steps on a call that changes masks.
     """
 
     name: str
-    start: Callable[[optax.Params, jax.Array], tuple[Any, Any]]
-    leaves: Callable[[optax.Params], dict[str, Leaf]]
+    start: Callable[[Any, jax.Array], tuple[Any, Any]]
+    layout: Mapping[str, Layout] | None = None
     due: Callable[[jax.Array], jax.Array] | None = None
     change: Callable[..., list[jax.Array]] | None = None
     needs_gradient: bool = False
@@ -125,8 +128,8 @@ def transformation(
             inner_state = _mask_slots(around, inner_state, masks)
             if grad is not None:
                 extra["grad"] = grad
-            masked = where_sparse(lambda m, g: jnp.where(m, g, 0), masks, updates)
-            updates, stepped = around.update(masked, inner_state, params, **extra)
+            updates = where_sparse(masked, masks, updates)
+            updates, stepped = around.update(updates, inner_state, params, **extra)
             if algorithm.step_on_update or due is None:
                 inner_state = stepped
             else:
@@ -134,7 +137,7 @@ def transformation(
                 inner_state = jax.tree.map(keep, inner_state, stepped)
                 updates = jax.tree.map(lambda u: keep(0, u).astype(u.dtype), updates)
         return project(updates, params, masks), SparseState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
             masks=masks,
             budgets=state.budgets,
@@ -155,76 +158,9 @@ def project(
     """
 
     def leaf(mask, update, param):
-        return jnp.where(mask, update.astype(param.dtype), -param)
+        return blend(mask, update.astype(param.dtype), -param)
 
     return where_sparse(leaf, masks, updates, params)
-
-
-def where_sparse(
-    f: Callable, masks: optax.Params, *trees: Any, dense: Any = ...
-) -> Any:
-    """Map ``f(mask, *leaves)`` over sparse leaves.
-
-    Dense leaves are those of the first tree, or ``dense`` where that is given.
-    """
-
-    def leaf(mask, *leaves):
-        if mask is not None:
-            return f(mask, *leaves)
-        return leaves[0] if dense is ... else dense
-
-    return jax.tree.map(leaf, masks, *trees, is_leaf=lambda x: x is None)
-
-
-def draw_masks(
-    params: optax.Params,
-    leaves: dict[str, Leaf],
-    budgets: dict[str, Any],
-    key: jax.Array,
-) -> optax.Params:
-    """Draw a random mask for every sparse leaf, sharded as the leaf is."""
-    named = named_leaves(params)
-    weights = {path: named[path] for path in leaves}
-    keys = {p: jax.random.fold_in(key, path_hash(p)) for p in leaves}
-    axes = tuple(x.layout.layer_axes(len(x.shape)) for x in leaves.values())
-    shardings = tuple(_auto_sharding(weight) for weight in weights.values())
-    ks = [budgets[path] for path in leaves]
-    draw = _drawer(axes, shardings)
-    masks = draw([*keys.values()], [*weights.values()], ks)
-    drawn = dict(zip(leaves, masks, strict=True))
-    return tree_of_leaves(params, leaves, lambda path, _: drawn[path])
-
-
-def tree_of_leaves(
-    params: optax.Params, leaves: dict[str, Leaf], f: Callable[[str, Any], Any]
-) -> Any:
-    """Return a tree like ``params`` of ``f(path, leaf)``; None where it is dense."""
-    treedef = jax.tree.structure(params)
-    named = named_leaves(params)
-    return treedef.unflatten(
-        [f(p, x) if p in leaves else None for p, x in named.items()]
-    )
-
-
-def path_hash(path: str) -> int:
-    """Return 32 bits that tell a path, so that keys do not depend on other leaves."""
-    return zlib.crc32(path.encode())
-
-
-def check_same_leaves(what: str, params: Any, masks: Any) -> None:
-    """Raise ValueError unless every mask fits the parameter of the same path."""
-    shapes = {path: leaf.shape for path, leaf in named_leaves(params).items()}
-    for path, mask in named_leaves(masks).items():
-        if path not in shapes:
-            raise ValueError(
-                f"{what}: there is a mask for {path} and no such parameter; the masks "
-                f"belong to another model. The parameters are: {', '.join(shapes)}."
-            )
-        if mask.shape != shapes[path]:
-            raise ValueError(
-                f"{what}: the mask of {path} must have the shape of the parameter, "
-                f"{shapes[path]}, got {mask.shape}; the masks belong to another model."
-            )
 
 
 def _next_masks(algorithm, state, params, gradients, key):
@@ -235,65 +171,43 @@ def _next_masks(algorithm, state, params, gradients, key):
     accumulated = state.accumulated
     if algorithm.accumulate is not None:
         counts, restart = algorithm.accumulate(state.count)
-        gradients = where_sparse(
-            lambda _, total, g: total + jnp.where(counts, g.astype(total.dtype), 0),
-            state.masks,
-            accumulated,
-            gradients,
-            dense=None,
-        )
-        accumulated = jax.tree.map(
-            lambda total: jnp.where(restart, 0, total), gradients
-        )
+        add = lambda _, total, g: total + jnp.where(counts, g.astype(total.dtype), 0)
+        gradients = where_sparse(add, state.masks, accumulated, gradients, dense=None)
+        empty = lambda total: jnp.where(restart, 0, total)
+        accumulated = jax.tree.map(empty, gradients)
 
-    at_masks = lambda tree: jax.tree.leaves(
-        where_sparse(lambda _, x: x, state.masks, tree, dense=None)
-    )
+    layouts = layouts_of(params, algorithm.layout)
+    leaves = [
+        Leaf(path, mask.shape, layouts[path], sparsity=None)
+        for path, mask in named_leaves(state.masks).items()
+    ]
     impl = None if key is None else jax.random.key_impl(key)
-    operands = Change(
+
+    def change(masks, now):
+        random = jax.random.wrap_key_data(now.key, impl=impl)
+        now = now._replace(key=jax.random.fold_in(random, now.step))
+        return algorithm.change(leaves, masks, now)
+
+    now = Change(
         step=state.count,
         key=state.key,
-        weights=at_masks(params),
-        gradients=at_masks(gradients) if algorithm.needs_gradient else None,
+        weights=sparse_leaves(state.masks, params),
+        gradients=None,
         budgets=state.budgets,
     )
-    leaves = list(algorithm.leaves(params).values())
-
-    def change(masks, operands):
-        random = jax.random.wrap_key_data(operands.key, impl=impl)
-        random = jax.random.fold_in(random, operands.step)
-        return algorithm.change(leaves, masks, operands._replace(key=random))
-
-    old, treedef = jax.tree.flatten(state.masks)
-    return treedef.unflatten(change_if(due, change, old, operands)), accumulated, due
+    if algorithm.needs_gradient:
+        now = now._replace(gradients=sparse_leaves(state.masks, gradients))
+    masks, treedef = jax.tree.flatten(state.masks)
+    return treedef.unflatten(change_if(due, change, masks, now)), accumulated, due
 
 
 def _mask_slots(inner, inner_state, masks):
     """Zero the param-shaped slots of ``inner`` off the mask."""
 
     def clear(slot, mask):
-        fits = mask is not None and getattr(slot, "shape", None) == mask.shape
-        return jnp.where(mask, slot, 0).astype(slot.dtype) if fits else slot
+        if mask is None or getattr(slot, "shape", None) != mask.shape:
+            return slot
+        return masked(mask, slot)
 
     placeholder = lambda x: x is None or isinstance(x, optax.MaskedNode)
     return optax.tree.map_params(inner, clear, inner_state, masks, is_leaf=placeholder)
-
-
-@functools.lru_cache(maxsize=64)
-def _drawer(axes, shardings):
-    """Return `random_masks` compiled for slices along ``axes``."""
-    draw = functools.partial(random_masks, axes=axes)
-    if all(sharding is None for sharding in shardings):
-        return jax.jit(draw)
-    return jax.jit(draw, out_shardings=list(shardings))
-
-
-def _auto_sharding(weight):
-    """Return the sharding to ask XLA for; traced and explicit types carry their own."""
-    if isinstance(weight, jax.core.Tracer) or not isinstance(weight, jax.Array):
-        return None
-    sharding = weight.sharding
-    if not isinstance(sharding, NamedSharding):
-        return None
-    auto = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
-    return sharding if auto else None

@@ -1,10 +1,9 @@
 """What SET and RigL share: everything but the score that growth goes by."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sparsejax import schedules
@@ -12,16 +11,10 @@ from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where
 from sparsejax.masks.unstructured import drop_and_grow_all
 from sparsejax.schedules import Periodic, Schedule, share
-from sparsejax.sparse_optax._core import (
-    Algorithm,
-    Change,
-    draw_masks,
-    transformation,
-    tree_of_leaves,
-)
+from sparsejax.sparse_optax._core import Algorithm, Change, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
 
-GrowScore = Callable[[Change, int, Leaf], jax.Array]
+Grow = Callable[[Sequence[Leaf], Change], dict[str, Any]]
 
 
 class Dynamic(NamedTuple):
@@ -44,25 +37,17 @@ def drop_and_grow_transformation(
     name: str,
     inner: optax.GradientTransformation | None,
     arguments: Dynamic,
-    grow_score: GrowScore,
+    grow: Grow,
     *,
     needs_gradient: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Build SET or RigL; ``grow_score`` gives the score of leaf number i."""
+    """Build SET or RigL; ``grow`` gives the growth of `drop_and_grow_all`."""
     a = arguments
     request = Request(name, a.sparsity, a.distribution, a.where, a.layout).check()
     check_key(name, a.key)
     period = Periodic(a.start_at, a.update_every, a.stop_at).check(name)
     drop_fraction = _drop_schedule(name, a.drop_fraction, a.stop_at)
     _check_accumulate(name, a.accumulate, period)
-
-    def start(params, random):
-        leaves = request.leaves(params)
-        budgets = request.budgets(leaves)
-        drawn = draw_masks(params, leaves, budgets, random)
-        return drawn, tree_of_leaves(
-            params, budgets, lambda p, _: jnp.asarray(budgets[p])
-        )
 
     def due(step):
         return period.due(step) & (step > 0)
@@ -73,7 +58,7 @@ def drop_and_grow_transformation(
         return drop_and_grow_all(
             masks,
             now.weights,
-            [grow_score(now, i, leaf) for i, leaf in enumerate(leaves)],
+            **grow(leaves, now),
             active=budgets,
             n_drop=[share(budget, fraction) for budget in budgets],
             axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
@@ -85,8 +70,8 @@ def drop_and_grow_transformation(
 
     algorithm = Algorithm(
         name=name,
-        start=start,
-        leaves=request.leaves,
+        start=request.draw,
+        layout=a.layout,
         due=due,
         change=change,
         needs_gradient=needs_gradient,

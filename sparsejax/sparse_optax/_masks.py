@@ -1,5 +1,6 @@
 """Masks and optimizer states: find them, apply them, start afresh under them."""
 
+import zlib
 from typing import Any, Literal
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from sparsejax.masks.blend import masked
 from sparsejax.masks.initial import sparse_init
-from sparsejax.masks.layout import Layout, named_leaves, select_leaves
-from sparsejax.sparse_optax._core import SparseState, check_same_leaves, path_hash
+from sparsejax.masks.layout import Layout, layouts_of, named_leaves
+from sparsejax.sparse_optax._core import SparseState
+from sparsejax.sparse_optax._trees import check_same_leaves
 
 
 def get_masks(opt_state: optax.OptState) -> Any:
@@ -79,8 +82,8 @@ def apply_masks(params: optax.Params, opt_state: optax.OptState) -> optax.Params
       >>> float(sparse_optax.apply_masks(params, opt_state)["kernel"].sum())
       4.0
     """
-    masked = lambda path, mask, param: jnp.where(mask, param, jnp.zeros_like(param))
-    return _at_masks("apply_masks", masked, params, opt_state)
+    apply = lambda path, mask, param: masked(mask, param)
+    return _at_masks("apply_masks", apply, params, opt_state)
 
 
 def reinitialize(
@@ -108,13 +111,11 @@ def reinitialize(
     Raises:
       ValueError: as `apply_masks` and `sparsejax.masks.sparse_init`.
     """
-    leaves = select_leaves(params, where=lambda *_: True, layout=layout)
+    layouts = layouts_of(params, layout)
 
     def redraw(path, mask, param):
-        leaf_key = jax.random.fold_in(key, path_hash(path))
-        drawn = sparse_init(
-            leaf_key, param, mask, layout=leaves[path].layout, variant=variant
-        )
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        drawn = sparse_init(own_key, param, mask, layout=layouts[path], variant=variant)
         return jnp.where(jnp.all(mask), param, drawn)
 
     return _at_masks("reinitialize", redraw, params, opt_state)

@@ -1,12 +1,10 @@
 """From what a user asks for to the leaves that are sparse and what each keeps."""
 
 import math
-import numbers
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from sparsejax import distributions
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where, select_leaves
+from sparsejax.sparse_optax._trees import draw_masks, tree_at
 
 _NAMED = {"erk": distributions.erk, "uniform": distributions.uniform}
 
@@ -53,11 +52,17 @@ class Request(NamedTuple):
                 )
         return self
 
-    def leaves(self, params: chex.ArrayTree) -> dict[str, Leaf]:
+    def leaves(self, params: Any) -> dict[str, Leaf]:
         """Return the leaves of ``params`` that are to be sparse, by path."""
         return select_leaves(params, where=self.where, layout=self.layout)
 
-    def budgets(self, leaves: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+    def draw(self, params: Any, key: jax.Array) -> tuple[Any, Any]:
+        """Return random masks and their budgets, trees like ``params``."""
+        leaves = self.leaves(params)
+        budgets = self.budgets(leaves)
+        return draw_masks(params, leaves, budgets, key), tree_at(params, budgets)
+
+    def budgets(self, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
         """Return how many weights each leaf keeps, one number for a stacked layer."""
         shared = {p: leaf for p, leaf in leaves.items() if leaf.sparsity is None}
         kept = {
@@ -67,7 +72,9 @@ class Request(NamedTuple):
         }
         shapes = {n: s for leaf in shared.values() for n, s in _layers(leaf).items()}
         if shapes:
-            distribution = _NAMED.get(self.distribution, self.distribution)
+            distribution = self.distribution
+            if not callable(distribution):
+                distribution = _NAMED[distribution]
             given = distribution(shapes, self.sparsity)
             self._check_given(given, shapes)
             kept |= {p: {n: given[n] for n in _layers(x)} for p, x in shared.items()}
@@ -76,7 +83,7 @@ class Request(NamedTuple):
     def _check_given(self, given: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for path, shape in shapes.items():
             n = given.get(path)
-            whole = isinstance(n, numbers.Integral) and not isinstance(n, bool)
+            whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
             if not whole or not 0 <= n <= math.prod(shape):
                 raise ValueError(
                     f"{self.owner}(distribution=...) must give an integer between 0 "
@@ -118,8 +125,8 @@ def _stack_shape(leaf: Leaf) -> tuple[int, ...]:
     return tuple(leaf.shape[i] for i in leaf.layout.resolve(len(leaf.shape)).batch)
 
 
-def _stack(leaf: Leaf, kept: Mapping[str, int]) -> np.ndarray:
-    return np.array([*kept.values()], np.int32).reshape(_stack_shape(leaf))
+def _stack(leaf: Leaf, kept: Mapping[str, int]) -> jax.Array:
+    return jnp.asarray(np.array([*kept.values()], np.int32).reshape(_stack_shape(leaf)))
 
 
 def check_key(owner: str, key: Any) -> None:

@@ -1,6 +1,5 @@
 """Magnitude pruning: dense at first, then sparser by a cubic schedule, or at once."""
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.distributions import Distribution, uniform
-from sparsejax.masks.layout import Layout, Where
+from sparsejax.masks.layout import Layout, Where, named_leaves
 from sparsejax.masks.unstructured import prune_all, prune_together
 from sparsejax.schedules import Periodic, cubic_progress, share
-from sparsejax.sparse_optax._core import Algorithm, transformation, tree_of_leaves
+from sparsejax.sparse_optax._core import Algorithm, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
+from sparsejax.sparse_optax._trees import tree_at
 
 
 def magnitude(
@@ -83,21 +83,20 @@ def magnitude(
             f"give a leaf a sparsity of its own; use 0 or a predicate, got {where}."
         )
     last = period.last
-    once = last is None
-    progress = cubic_progress(start_at, start_at if once else last)
+    progress = cubic_progress(start_at, start_at if last is None else last)
 
     def start(params, _):
         leaves = request.leaves(params)
-        active = tree_of_leaves(params, leaves, lambda _, x: jnp.ones_like(x, bool))
+        named = named_leaves(params)
+        active = {path: jnp.ones_like(named[path], dtype=bool) for path in leaves}
         if scope == "layer":
-            kept = request.budgets(leaves)
-        else:
-            size = sum(math.prod(leaf.shape) for leaf in leaves.values())
-            return active, jnp.int32(uniform({"": (size,)}, sparsity)[""])
-        return active, tree_of_leaves(params, kept, lambda p, _: jnp.asarray(kept[p]))
+            return tree_at(params, active), tree_at(params, request.budgets(leaves))
+        size = sum(mask.size for mask in active.values())
+        kept = uniform({"all": (size,)}, sparsity)["all"]
+        return tree_at(params, active), jnp.int32(kept)
 
     def due(step):
-        return step == start_at if once else period.due(step)
+        return step == start_at if last is None else period.due(step)
 
     def left(size, budget, step):
         return size - share(size - budget, progress(step))
@@ -119,5 +118,5 @@ def magnitude(
         return prune_together(masks, weights, left(size, now.budgets, now.step))
 
     change = change_layers if scope == "layer" else change_all
-    algorithm = Algorithm("magnitude", start, request.leaves, due, change)
+    algorithm = Algorithm("magnitude", start, layout, due, change)
     return transformation(algorithm, inner, key)

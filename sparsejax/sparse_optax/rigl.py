@@ -98,6 +98,6 @@ def rigl(
         "rigl",
         inner,
         arguments,
-        lambda now, i, leaf: now.gradients[i],
+        lambda leaves, now: {"grow": now.gradients},
         needs_gradient=True,
     )

@@ -6,10 +6,9 @@ import jax
 import optax
 
 from sparsejax.distributions import Distribution
-from sparsejax.masks.initial import random_scores
+from sparsejax.masks.initial import random_scores, random_words
 from sparsejax.masks.layout import Layout, Where
 from sparsejax.schedules import Schedule
-from sparsejax.sparse_optax._core import path_hash
 from sparsejax.sparse_optax._dynamic import Dynamic, drop_and_grow_transformation
 
 
@@ -80,10 +79,10 @@ def set(  # noqa: A001
         step_on_update,
     )
 
-    def grow_score(now, i, leaf):
-        leaf_key = jax.random.fold_in(now.key, path_hash(leaf.path))
-        return random_scores(leaf_key, now.weights[i])
+    def grow(leaves, now):
+        words = random_words(now.key, [leaf.path for leaf in leaves])
+        return {"grow": list(words), "grow_score": random_scores}
 
     return drop_and_grow_transformation(
-        "set", inner, arguments, grow_score, needs_gradient=False
+        "set", inner, arguments, grow, needs_gradient=False
     )

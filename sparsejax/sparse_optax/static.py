@@ -1,6 +1,7 @@
 """Training under a mask that does not change."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,9 @@ import optax
 
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
-from sparsejax.sparse_optax._core import (
-    Algorithm,
-    check_same_leaves,
-    draw_masks,
-    transformation,
-    tree_of_leaves,
-)
+from sparsejax.sparse_optax._core import Algorithm, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
+from sparsejax.sparse_optax._trees import check_same_leaves, tree_at
 
 
 def static(
@@ -66,23 +62,15 @@ def static(
             f"masks=..., got {'neither' if masks is None else 'both'}."
         )
     check_key("static", key)
-    if masks is not None:
-        return transformation(_given(masks), inner, key)
-    request = Request("static", sparsity, distribution, where, layout).check()
-
-    def start(params, random):
-        leaves = request.leaves(params)
-        budgets = request.budgets(leaves)
-        drawn = draw_masks(params, leaves, budgets, random)
-        return drawn, tree_of_leaves(
-            params, budgets, lambda p, _: jnp.asarray(budgets[p])
-        )
-
-    return transformation(Algorithm("static", start, request.leaves), inner, key)
+    if sparsity is not None:
+        start = Request("static", sparsity, distribution, where, layout).check().draw
+    else:
+        start = _start_from(masks)
+    return transformation(Algorithm("static", start), inner, key)
 
 
-def _given(masks: optax.Params) -> Algorithm:
-    """Return the algorithm that starts from ``masks`` and stays there."""
+def _start_from(masks: Any) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
+    """Return a start of an `Algorithm` with masks that are given."""
     named = named_leaves(masks)
     if not named:
         raise ValueError("static(masks=...) must hold at least one mask, got none.")
@@ -95,7 +83,7 @@ def _given(masks: optax.Params) -> Algorithm:
 
     def start(params, _):
         check_same_leaves("static(masks=...)", params, masks)
-        mine = tree_of_leaves(params, named, lambda p, _: jnp.asarray(named[p]))
-        return mine, jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), mine)
+        own = tree_at(params, {path: jnp.asarray(mask) for path, mask in named.items()})
+        return own, jax.tree.map(lambda mask: jnp.sum(mask, dtype=jnp.int32), own)
 
-    return Algorithm("static", start, lambda params: {})
+    return start

@@ -13,8 +13,9 @@ from flax import nnx
 from ml_collections import config_flags
 
 from configs import base
-from experiments import data, metrics, report, train
+from experiments import build, data, metrics, report, train
 from experiments.state import prepare
+from sparsejax import models
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the load_module:DeprecationWarning"  # called by ml_collections
@@ -83,10 +84,19 @@ def arrays(config, folder):
     return report.by_path(jax.device_get(restored["state"]))
 
 
+def one_block(depth, num_classes, *, in_channels, width, shortcut, rngs):
+    """Build a network with BatchNorm that compiles in no time."""
+    del depth, shortcut
+    return models.ResNet(
+        (1,), (width,), num_classes, in_channels=in_channels, rngs=rngs
+    )
+
+
 @pytest.mark.parametrize("config", [MLP, RESNET], ids=["mlp", "resnet"])
 def test_a_run_that_was_killed_ends_like_one_that_was_not(
     config, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(build.models, "resnet_cifar", one_block)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     last = train.train_and_evaluate(config, whole)
 
