@@ -59,14 +59,20 @@ def headline(record: Mapping[str, float]) -> dict[str, str]:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table; numbers are aligned to the right."""
-    rows = [list(row) for row in rows]
-    right = [
-        bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-        for i in range(len(header))
-    ]
-    lines = [header, ["--:" if is_right else ":--" for is_right in right], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """Return a Markdown table in even columns; numbers are aligned to the right."""
+    columns = [[name, *values] for name, *values in zip(header, *rows, strict=True)]
+    lines = zip(*map(_cells, columns), strict=True)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(column: Sequence[Any]) -> list[str]:
+    """Return the cells of a column: its name, the rule below it, and its values."""
+    is_number = all(isinstance(value, int | float) for value in column[1:])
+    align = str.rjust if is_number else str.ljust
+    name, *texts = map(str, column)
+    width = max(map(len, ("--:", name, *texts)))
+    rule = align(":", width, "-")
+    return [align(name, width), rule, *(align(text, width) for text in texts)]
 
 
 def layer_table(masks: Any) -> str:

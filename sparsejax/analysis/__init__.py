@@ -1,5 +1,6 @@
-"""Look at masks: pictures."""
+"""Look at masks: a table and pictures."""
 
 from sparsejax.analysis.plots import plot_densities as plot_densities
 from sparsejax.analysis.plots import plot_input_connections as plot_input_connections
 from sparsejax.analysis.plots import plot_mask as plot_mask
+from sparsejax.analysis.summary import summary as summary

@@ -92,7 +92,8 @@ def plot_densities(
     bars = ax.barh(names, values, color=_ACTIVE)
     ax.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=3)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.2 * max(values, default=1.0))  # room for the labels
+    ax.set_xlim(0, 1.3 * max(values, default=1.0))  # room for the labels
+    ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("density")
     return ax
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -159,7 +160,7 @@ def test_report_of_a_run(finished):
     folder, last = finished
     text = (folder / report.FILE_NAME).read_text()
     assert f"**{last['test/accuracy']:.2%}**" in text
-    assert "| layers/0/kernel | 64x16 | 1024 |" in text
+    assert re.search(r"\| layers/0/kernel \| 64x16 \| +1024 \|", text)
     for name in ("history", "density", "masks"):
         assert f"![{name}]({name}.png)" in text
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
