@@ -158,6 +158,9 @@ def test_due_steps_equal_the_oracle(period):
 
 
 @hypothesis.given(periods)
+@hypothesis.example((10, 5, 10))
+@hypothesis.example((7, 5, 10))
+@hypothesis.example((7, 5, 11))
 def test_the_first_and_the_last_due_step_are_known(period):
     schedule = schedules.Periodic(*period)
     steps = np.arange(0, 128)

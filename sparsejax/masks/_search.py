@@ -279,9 +279,11 @@ def keys_of(
 def scores_of(keys: jax.Array, dtype) -> jax.Array:
     """Invert `keys_of`; 0 and `key_bound` become NaN."""
     sign, _ = _sign_and_infinity(dtype)
-    keys = jnp.where(keys == 0, jnp.uint32(key_bound(dtype)), keys).astype(sign.dtype)
+    named = (keys > 0) & (keys < jnp.uint32(key_bound(dtype)))
+    keys = keys.astype(sign.dtype)
     bits = jnp.where(keys >= sign, keys - sign, (sign - keys) | sign)
-    return lax.bitcast_convert_type(bits, dtype)
+    scores = lax.bitcast_convert_type(bits, dtype)
+    return jnp.where(named, scores, jnp.array(jnp.nan, dtype))
 
 
 def key_bound(dtype) -> int:

@@ -13,6 +13,7 @@ from jax import lax
 _SIGNED = {16: jnp.int16, 32: jnp.int32}
 
 
+@jax.custom_jvp
 def masked(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Return ``x`` where ``mask`` is True, and +0 elsewhere.
 
@@ -35,6 +36,14 @@ def masked(mask: jax.Array, x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits & ones, x.dtype)
 
 
+@masked.defjvp
+def _masked_jvp(primals, tangents):
+    mask, x = primals
+    tangent = tangents[1]
+    return masked(mask, x), jnp.where(mask, tangent, jnp.zeros_like(tangent))
+
+
+@jax.custom_jvp
 def blend(mask: jax.Array, on: jax.Array, off: jax.Array) -> jax.Array:
     """Return ``on`` where ``mask`` is True, and ``off`` elsewhere.
 
@@ -51,6 +60,11 @@ def blend(mask: jax.Array, on: jax.Array, off: jax.Array) -> jax.Array:
     ones = _ones(mask, on)
     bits = (_bits(on) & ones) | (_bits(off) & ~ones)
     return lax.bitcast_convert_type(bits, on.dtype)
+
+
+@blend.defjvp
+def _blend_jvp(primals, tangents):
+    return blend(*primals), jnp.where(primals[0], *tangents[1:])
 
 
 def _in_bits(x: jax.Array) -> bool:

@@ -5,6 +5,8 @@ from typing import Literal
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
 
 from sparsejax.masks._random import random_masks, random_scores, random_words
 from sparsejax.masks.layout import Layout
@@ -31,6 +33,7 @@ def random_mask(
     Args:
       key: a PRNG key.
       weight: array whose shape and sharding the mask takes; its values do not matter.
+        Inside `jax.jit`, under a mesh with Auto axes, XLA decides on the sharding.
       k: active weights, an integer, traced or not; with ``axis`` per slice along
         these axes (for one constant fan-in, the fan-in axes).
       axis: the axes of a slice; ``None``: the whole array.
@@ -46,7 +49,24 @@ def random_mask(
       6
     """
     words = jax.random.bits(key, (2,))
-    return top_k_mask(random_scores(words, weight), k, axis=axis)
+    mask = top_k_mask(random_scores(words, weight), k, axis=axis)
+    sharding = auto_sharding(weight)
+    return mask if sharding is None else jax.device_put(mask, sharding)
+
+
+def auto_sharding(weight: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Return the sharding that what is made for ``weight`` must be given.
+
+    None for a traced array, and where axes of the mesh are explicit: there what is
+    computed from the weight is sharded as it is.
+    """
+    if isinstance(weight, Tracer) or not isinstance(weight, jax.Array):
+        return None
+    sharding = weight.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    auto = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
+    return sharding if auto else None
 
 
 def sparse_init(
@@ -99,7 +119,7 @@ def sparse_init(
         )
     axes = (layout or Layout()).fan_in_axes(weight.ndim)
     fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-    scale = 2.0 / jnp.maximum(fan_in, 1)
+    scale = 2.0 / jnp.maximum(fan_in, 1).astype(jnp.float32)
     scale = jnp.sqrt(scale) if variant == "variance" else scale
     drawn = jax.random.normal(key, weight.shape) * scale
-    return jnp.where(mask, drawn, 0).astype(weight.dtype)
+    return jnp.where(mask, drawn, 0.0).astype(weight.dtype)

@@ -18,7 +18,8 @@ from sparsejax.masks.blend import blend, masked
 from sparsejax.masks.layout import Layout, Leaf, layouts_of, named_leaves
 from sparsejax.sparse_optax._conditional import change_if
 from sparsejax.sparse_optax._trees import (
-    check_same_leaves,
+    check_gradients,
+    check_same_tree,
     sparse_leaves,
     where_sparse,
 )
@@ -98,7 +99,7 @@ def transformation(
             )
         return SparseState(
             count=jnp.zeros((), jnp.int32),
-            key=jax.random.key_data(random),
+            key=jnp.array(jax.random.key_data(random)),  # a copy: states are donated
             masks=masks,
             budgets=budgets,
             accumulated=accumulated,
@@ -111,7 +112,18 @@ def transformation(
                 f"{name}: update needs the parameters; call tx.update(updates, state, "
                 "params)."
             )
-        check_same_leaves(f"{name}.update", params, state.masks)
+        if not isinstance(state, SparseState):
+            raise TypeError(
+                f"{name}.update: the state must be the SparseState that init returns, "
+                f"got {type(state).__name__}."
+            )
+        if (state.accumulated is None) != (algorithm.accumulate is None):
+            raise ValueError(
+                f"{name}.update: the state comes from a transformation with another "
+                "accumulate=...; build it as it was built when the state was made."
+            )
+        check_same_tree(f"{name}.update", params, state.masks)
+        check_gradients(f"{name}.update(updates)", updates, state.masks)
         dense = updates if inner is not None else grad
         if algorithm.needs_gradient and dense is None:
             raise TypeError(
@@ -120,6 +132,8 @@ def transformation(
                 f"tx.update(grads, state, params, grad=grads), or use {name}(inner, "
                 "...) around the optimizer."
             )
+        if inner is None and algorithm.needs_gradient:
+            check_gradients(f"{name}.update(grad=...)", grad, state.masks)
         masks, accumulated, due = _next_masks(algorithm, state, params, dense, key)
         inner_state = state.inner_state
         if inner is not None:
@@ -129,13 +143,14 @@ def transformation(
             if grad is not None:
                 extra["grad"] = grad
             updates = where_sparse(masked, masks, updates)
-            updates, stepped = around.update(updates, inner_state, params, **extra)
-            if algorithm.step_on_update or due is None:
-                inner_state = stepped
-            else:
-                keep = functools.partial(jnp.where, due)
-                inner_state = jax.tree.map(keep, inner_state, stepped)
-                updates = jax.tree.map(lambda u: keep(0, u).astype(u.dtype), updates)
+            before = inner_state
+            updates, inner_state = around.update(updates, before, params, **extra)
+            if not algorithm.step_on_update:
+                unless_due = functools.partial(jnp.where, due)
+                inner_state = jax.tree.map(unless_due, before, inner_state)
+        if not algorithm.step_on_update:
+            still = lambda u: jnp.where(due, jnp.zeros_like(u), u)
+            updates = jax.tree.map(still, updates)
         return project(updates, params, masks), SparseState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
@@ -205,9 +220,10 @@ def _mask_slots(inner, inner_state, masks):
     """Zero the param-shaped slots of ``inner`` off the mask."""
 
     def clear(slot, mask):
-        if mask is None or getattr(slot, "shape", None) != mask.shape:
-            return slot
-        return masked(mask, slot)
+        fits = (
+            isinstance(mask, jax.Array) and getattr(slot, "shape", None) == mask.shape
+        )
+        return masked(mask, slot) if fits else slot
 
     placeholder = lambda x: x is None or isinstance(x, optax.MaskedNode)
     return optax.tree.map_params(inner, clear, inner_state, masks, is_leaf=placeholder)

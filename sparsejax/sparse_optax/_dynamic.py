@@ -84,7 +84,11 @@ def drop_and_grow_transformation(
 def _drop_schedule(name, drop_fraction, stop_at) -> Schedule:
     if callable(drop_fraction):
         return drop_fraction
-    if not 0 <= drop_fraction <= 1:
+    try:
+        valid = 0 <= drop_fraction <= 1
+    except TypeError:
+        valid = False
+    if not valid:
         raise ValueError(
             f"{name}(drop_fraction=...) must lie in [0, 1] or be a function of the "
             f"step, got {drop_fraction!r}."

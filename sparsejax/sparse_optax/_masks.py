@@ -10,8 +10,9 @@ from flax import nnx
 
 from sparsejax.masks.blend import masked
 from sparsejax.masks.initial import sparse_init
-from sparsejax.masks.layout import Layout, layouts_of, named_leaves
+from sparsejax.masks.layout import Layout, layouts_of, named_leaves, path_name
 from sparsejax.sparse_optax._core import SparseState
+from sparsejax.sparse_optax._plan import check_key
 from sparsejax.sparse_optax._trees import check_same_leaves
 
 
@@ -111,6 +112,7 @@ def reinitialize(
     Raises:
       ValueError: as `apply_masks` and `sparsejax.masks.sparse_init`.
     """
+    check_key("reinitialize", key)
     layouts = layouts_of(params, layout)
 
     def redraw(path, mask, param):
@@ -132,17 +134,19 @@ def _at_masks(what, f, params, opt_state):
     return jax.tree.structure(params).unflatten(leaves)
 
 
-def _merge(a, b):
-    """Merge two trees of masks, of which each has a mask where the other has none."""
-
-    def leaf(x, y):
-        x_none, y_none = (z is None or isinstance(z, optax.MaskedNode) for z in (x, y))
-        if not x_none and not y_none:
-            raise ValueError(
-                "get_masks: two sparse transformations mask the same parameter, of "
-                f"shape {x.shape}; use one of them, or give each its own leaves."
-            )
-        return y if x_none else x
-
-    is_none = lambda x: x is None or isinstance(x, optax.MaskedNode)
-    return jax.tree.map(leaf, a, b, is_leaf=is_none)
+def _merge(a, b, path=()):
+    """Merge two trees of masks, of which each has none where the other has some."""
+    nothing = lambda x: x is None or isinstance(x, optax.MaskedNode)
+    if nothing(a) or nothing(b):
+        return b if nothing(a) else a
+    children = lambda tree: jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is not tree
+    )
+    (of_a, treedef), (of_b, _) = children(a), children(b)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        raise ValueError(
+            f"get_masks: two sparse transformations mask {path_name(path)}; use one of "
+            "them, or give each its own leaves."
+        )
+    pairs = zip(of_a, of_b, strict=True)
+    return treedef.unflatten([_merge(x, y, path + p) for (p, x), (_, y) in pairs])

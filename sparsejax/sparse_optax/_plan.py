@@ -43,7 +43,12 @@ class Request(NamedTuple):
                 f"{self.owner}(where=...) must be None, a predicate on (path, leaf) or "
                 f"a dict from regex to sparsity, got {type(self.where).__name__}."
             )
-        for pattern, layout in dict(self.layout or {}).items():
+        if not isinstance(self.layout, Mapping | None):
+            raise TypeError(
+                f"{self.owner}(layout=...) must be None or a dict from regex to "
+                f"sparsejax.masks.Layout, got {type(self.layout).__name__}."
+            )
+        for pattern, layout in (self.layout or {}).items():
             _check_pattern(self.owner, "layout", pattern)
             if not isinstance(layout, Layout):
                 raise TypeError(
@@ -81,8 +86,13 @@ class Request(NamedTuple):
         return {path: _stack(leaves[path], kept[path]) for path in leaves}
 
     def _check_given(self, given: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{self.owner}(distribution=...) must give a dict from path to the "
+                f"number of weights kept, got {type(given).__name__}."
+            )
         for path, shape in shapes.items():
-            n = given.get(path)
+            n: Any = given.get(path)
             whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
             if not whole or not 0 <= n <= math.prod(shape):
                 raise ValueError(
@@ -133,9 +143,10 @@ def check_key(owner: str, key: Any) -> None:
     """Raise TypeError unless ``key`` is one PRNG key, or None."""
     if key is None:
         return
-    dtype = getattr(key, "dtype", None)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and key.shape == ()) and dtype != jnp.uint32:
+    raw = dtype == jnp.uint32 and shape == jax.random.key_data(jax.random.key(0)).shape
+    if not (typed and shape == ()) and not raw:
         raise TypeError(
             f"{owner}(key=...) must be one PRNG key, such as jax.random.key(0), got "
             f"{key!r}; map over several with jax.vmap."

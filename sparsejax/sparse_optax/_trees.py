@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
 
-from sparsejax.masks.initial import random_masks
+from sparsejax.masks.initial import auto_sharding, random_masks
 from sparsejax.masks.layout import Leaf, named_leaves
 
 
@@ -44,7 +42,7 @@ def draw_masks(
     named = named_leaves(params)
     weights = {path: named[path] for path in leaves}
     axes = tuple(x.layout.layer_axes(len(x.shape)) for x in leaves.values())
-    shardings = tuple(_auto_sharding(weight) for weight in weights.values())
+    shardings = tuple(auto_sharding(weight) for weight in weights.values())
     masks = _drawer(axes, shardings)(key, weights, [budgets[path] for path in leaves])
     return tree_at(params, dict(zip(leaves, masks, strict=True)))
 
@@ -58,15 +56,29 @@ def _drawer(axes, shardings):
     return jax.jit(draw, out_shardings=list(shardings))
 
 
-def _auto_sharding(weight):
-    """Return the sharding to ask XLA for; traced and explicit types carry their own."""
-    if isinstance(weight, Tracer) or not isinstance(weight, jax.Array):
-        return None
-    sharding = weight.sharding
-    if not isinstance(sharding, NamedSharding):
-        return None
-    auto = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
-    return sharding if auto else None
+def check_same_tree(what: str, params: Any, masks: Any) -> None:
+    """Raise ValueError unless masks and their Nones are a tree like the parameters."""
+    check_same_leaves(what, params, masks)
+    marked = jax.tree.map(lambda _: 0, masks, is_leaf=lambda x: x is None)
+    known = named_leaves(marked)
+    for path in named_leaves(params):
+        if path not in known:
+            raise ValueError(
+                f"{what}: there is a parameter {path} that the state does not know; it "
+                f"belongs to another model, of {', '.join(known)}."
+            )
+
+
+def check_gradients(what: str, gradients: Any, masks: Any) -> None:
+    """Raise ValueError unless there is a gradient that fits every mask."""
+    named = named_leaves(gradients)
+    for path, mask in named_leaves(masks).items():
+        got = named[path].shape if path in named else "nothing"
+        if got != mask.shape:
+            raise ValueError(
+                f"{what} must have an array of shape {mask.shape} for {path}, got "
+                f"{got}; pass gradients of the parameters."
+            )
 
 
 def check_same_leaves(what: str, params: Any, masks: Any) -> None:

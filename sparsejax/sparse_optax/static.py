@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
@@ -61,6 +62,11 @@ def static(
             "static needs exactly one of sparsity=..., for a random mask, and "
             f"masks=..., got {'neither' if masks is None else 'both'}."
         )
+    if masks is not None and (distribution, where) != ("erk", None):
+        raise ValueError(
+            "static(masks=...) says itself which weights are active; distribution= and "
+            "where= are for a random mask. Leave them out."
+        )
     check_key("static", key)
     if sparsity is not None:
         start = Request("static", sparsity, distribution, where, layout).check().draw
@@ -83,7 +89,20 @@ def _start_from(masks: Any) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
 
     def start(params, _):
         check_same_leaves("static(masks=...)", params, masks)
-        own = tree_at(params, {path: jnp.asarray(mask) for path, mask in named.items()})
+        leaves = named_leaves(params)
+        for path in named:
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise TypeError(
+                    f"static(masks=...): {path} must be floating-point to be sparse, "
+                    f"got {leaves[path].dtype}; make its mask None."
+                )
+        placed = {}
+        for path, mask in named.items():
+            sharding = getattr(leaves[path], "sharding", None)
+            own_sharding = None if isinstance(leaves[path], Tracer) else sharding
+            # A copy, so that donating the state leaves the caller's masks alone.
+            placed[path] = jnp.array(mask, device=own_sharding)
+        own = tree_at(params, placed)
         return own, jax.tree.map(lambda mask: jnp.sum(mask, dtype=jnp.int32), own)
 
     return start
