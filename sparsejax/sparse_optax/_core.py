@@ -145,10 +145,10 @@ def transformation(
             updates = where_sparse(masked, masks, updates)
             before = inner_state
             updates, inner_state = around.update(updates, before, params, **extra)
-            if not algorithm.step_on_update:
+            if due is not None and not algorithm.step_on_update:
                 unless_due = functools.partial(jnp.where, due)
                 inner_state = jax.tree.map(unless_due, before, inner_state)
-        if not algorithm.step_on_update:
+        if due is not None and not algorithm.step_on_update:
             still = lambda u: jnp.where(due, jnp.zeros_like(u), u)
             updates = jax.tree.map(still, updates)
         return project(updates, params, masks), SparseState(
