@@ -70,7 +70,8 @@ def random_masks(
         stack = tuple(n for i, n in enumerate(weight.shape) if i not in over)
         shape = tuple(1 if i in over else n for i, n in enumerate(weight.shape))
         names = [f"{name}{list(index)}" for index in np.ndindex(*stack)]
-        own_k = jnp.broadcast_to(jnp.asarray(own_k, jnp.int32), stack).reshape(-1)
+        own_k = jnp.maximum(jnp.asarray(own_k, jnp.int32), 0)
+        own_k = jnp.broadcast_to(own_k, stack).reshape(-1)
         leaves.append((weight, over, shape, names if stack else [name], own_k))
 
     per_leaf = [len(names) for _, _, _, names, _ in leaves]

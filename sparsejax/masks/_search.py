@@ -303,7 +303,8 @@ def _unsharded(counts: jax.Array) -> jax.Array:
     """Spell out, where axes of the mesh are explicit, that counts go everywhere."""
     sharding = jax.typeof(counts).sharding
     if sharding.mesh.explicit_axes and any(sharding.spec):
-        return jax.sharding.reshard(counts, jax.P())
+        everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+        return jax.sharding.reshard(counts, everywhere)
     return counts
 
 

@@ -136,7 +136,16 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by path, in tree order."""
-    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_name(path)
+        if name in leaves:
+            raise ValueError(
+                f"Two leaves have the same path {name!r}; rename one of them, as paths "
+                "must tell leaves apart."
+            )
+        leaves[name] = leaf
+    return leaves
 
 
 def select_leaves(
@@ -195,6 +204,13 @@ def select_leaves(
                 f"{path}: a sparse leaf must be float32, bfloat16 or float16, got "
                 f"{leaves[path].dtype}; cast it, or leave it dense with where=."
             )
+        try:
+            layouts[path].resolve(leaves[path].ndim)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: a sparse leaf must have neurons, got shape "
+                f"{leaves[path].shape}: {error} Leave it dense with where=."
+            ) from None
     return {p: Leaf(p, leaves[p].shape, layouts[p], s) for p, s in chosen.items()}
 
 

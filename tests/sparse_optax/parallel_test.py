@@ -181,6 +181,16 @@ def test_given_masks_are_sharded_as_the_leaves(axis):
     )
 
 
+def test_given_masks_are_sharded_by_a_compiled_init_too():
+    """Under Explicit axes; under Auto ones ``out_shardings`` must say so."""
+    mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Explicit,))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in FSDP.items()}
+    tx = sparse_optax.static(INNER, masks={"fc": PARAMS["fc"] > 0})
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(jax.device_put(PARAMS, shardings))
+    check_shardings(state, shardings)
+
+
 def check_shardings(state, shardings):
     for name, mask in sparse_optax.get_masks(state).items():
         if mask is not None:
