@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
@@ -96,12 +95,11 @@ def _start_from(masks: Any) -> Callable[[Any, jax.Array], tuple[Any, Any]]:
                     f"static(masks=...): {path} must be floating-point to be sparse, "
                     f"got {leaves[path].dtype}; make its mask None."
                 )
-        placed = {}
-        for path, mask in named.items():
-            sharding = getattr(leaves[path], "sharding", None)
-            own_sharding = None if isinstance(leaves[path], Tracer) else sharding
-            # A copy, so that donating the state leaves the caller's masks alone.
-            placed[path] = jnp.array(mask, device=own_sharding)
+        # Sharded as the leaf, and a copy: donating the state leaves the masks given.
+        placed = {
+            path: jnp.zeros_like(leaves[path], dtype=bool) | mask
+            for path, mask in named.items()
+        }
         own = tree_at(params, placed)
         return own, jax.tree.map(lambda mask: jnp.sum(mask, dtype=jnp.int32), own)
 
