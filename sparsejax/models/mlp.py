@@ -16,7 +16,9 @@ class MLP(nnx.Module):
       in_features: size of one flattened input.
       widths: sizes of the hidden layers; may be empty.
       num_classes: size of the output.
-      rngs: NNX random streams; `params` is used.
+      dropout_rate: of the hidden layers, in training; call `model.train()` or
+        `model.eval()`.
+      rngs: NNX random streams; `params` is used, and `dropout` where there is a rate.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class MLP(nnx.Module):
         widths: Sequence[int],
         num_classes: int,
         *,
+        dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
         sizes = (in_features, *widths, num_classes)
@@ -32,12 +35,13 @@ class MLP(nnx.Module):
             nnx.Linear(n_in, n_out, rngs=rngs)
             for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True)
         )
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits [batch, num_classes] for x [batch, ...]."""
         x = x.reshape(x.shape[0], -1)
         for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
+            x = self.dropout(nnx.relu(layer(x)))
         return self.layers[-1](x)
 
 

@@ -6,10 +6,8 @@ from flax import nnx
 from sparsejax import models
 
 
-def test_lenet_300_100_has_the_published_size():
-    model = nnx.eval_shape(lambda: models.lenet_300_100(rngs=nnx.Rngs(0)))
-    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
-    assert sum(p.size for p in parameters) == 266_610
+def test_lenet_300_100_has_the_published_size(parameters):
+    assert parameters.count(lambda rngs: models.lenet_300_100(rngs=rngs)) == 266_610
 
 
 @pytest.mark.parametrize("widths", [(), (7,), (8, 6, 5)])
@@ -35,3 +33,20 @@ def test_the_seed_determines_the_weights():
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
+
+
+def test_dropout_zeroes_hidden_units_in_training_and_draws_anew():
+    model = models.MLP(4, (400,), 400, dropout_rate=0.25, rngs=nnx.Rngs(0))
+    model.layers[1].kernel[...] = np.eye(400, dtype=np.float32)
+    model.layers[0].bias[...] = np.full(400, 3.0, np.float32)
+
+    @nnx.jit
+    def hidden(model):
+        return model(np.zeros((2, 4), np.float32))
+
+    first, second = np.asarray(hidden(model)), np.asarray(hidden(model))
+    assert set(np.unique(first)) == {0.0, 4.0}  # 3 / (1 - 0.25)
+    assert 0.15 < (first == 0).mean() < 0.35
+    assert (first != second).any()
+    model.eval()
+    np.testing.assert_array_equal(hidden(model), np.full((2, 400), 3.0))
