@@ -1,5 +1,42 @@
-"""Sparse training for JAX, and the small dense models that it ends in."""
+"""Sparse training for JAX, and the small dense models that it ends in.
 
-from sparsejax import distributions, masks, schedules, sparse_optax
+Subpackages are imported at first use: `sparsejax.serving` runs where neither Flax nor
+optax is wanted.
+"""
 
-__all__ = ["distributions", "masks", "schedules", "sparse_optax"]
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsejax import (
+        analysis,
+        compaction,
+        distributions,
+        masks,
+        models,
+        schedules,
+        serving,
+        sparse_optax,
+    )
+
+__all__ = [
+    "analysis",
+    "compaction",
+    "distributions",
+    "masks",
+    "models",
+    "schedules",
+    "serving",
+    "sparse_optax",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

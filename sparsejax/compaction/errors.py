@@ -1,0 +1,5 @@
+"""What compaction raises."""
+
+
+class CompactionError(ValueError):
+    """A channel cannot go, or the smaller model would compute something else."""

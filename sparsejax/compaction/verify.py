@@ -1,0 +1,141 @@
+"""Is the small model the masked one? Asked of its outputs and of its program."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.compaction.errors import CompactionError
+from sparsejax.compaction.program import Literal, Program, literal_array
+
+# Largest difference between two orders of summation, relative to the largest output.
+_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+# Primitives that shapes alone decide on.
+_STRUCTURAL = {
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "copy",
+    "dynamic_slice",
+    "expand_dims",
+    "gather",
+    "iota",
+    "pad",
+    "reshape",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+}
+
+
+def another_batch(
+    fn: Callable[..., Any], example_inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Return random inputs, of one more example than the given ones where ``fn`` can.
+
+    Floats are standard normal, integers are drawn from the given ones.
+
+    Args:
+      fn: the function of these inputs.
+      example_inputs: trees of arrays or ``jax.ShapeDtypeStruct``.
+    """
+    leaves = jax.tree.leaves(example_inputs)
+    sizes = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
+    if len(sizes) == 1 and None not in sizes:
+        larger = _drawn(example_inputs, 1)
+        try:
+            jax.eval_shape(fn, *larger)
+            return larger
+        except (TypeError, ValueError):  # its leading axis is no batch
+            pass
+    return _drawn(example_inputs, 0)
+
+
+def _drawn(example_inputs: tuple[Any, ...], more: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        shape = (leaf.shape[0] + more, *leaf.shape[1:]) if leaf.shape else ()
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.normal(size=shape), leaf.dtype)
+        pool = np.zeros(1, leaf.dtype)
+        if not isinstance(leaf, jax.ShapeDtypeStruct) and leaf.size:
+            pool = np.ravel(leaf)
+        return jnp.asarray(rng.choice(pool, size=shape), leaf.dtype)
+
+    return jax.tree.map(draw, example_inputs)
+
+
+def compare(
+    masked: Callable[..., Any], small: Callable[..., Any], inputs: tuple[Any, ...]
+) -> tuple[float, float]:
+    """Return the largest absolute difference of outputs, and the largest output.
+
+    Raises:
+      CompactionError: the masked model's outputs are not finite.
+    """
+    with jax.default_matmul_precision("highest"):
+        expected, found = (
+            [
+                np.asarray(leaf, np.float64)
+                for leaf in jax.tree.leaves(jax.jit(f)(*inputs))
+            ]
+            for f in (masked, small)
+        )
+    if not all(np.isfinite(leaf).all() for leaf in expected):
+        raise CompactionError(
+            "The masked model's outputs for random inputs are not finite. Compaction "
+            "takes zero times any activation for zero: it needs finite activations."
+        )
+    differences = [
+        np.abs(a - b).max(initial=0.0) for a, b in zip(expected, found, strict=True)
+    ]
+    scales = [np.abs(leaf).max(initial=0.0) for leaf in expected]
+    return float(max(differences, default=0.0)), float(max(scales, default=0.0))
+
+
+def tolerance(program: Program) -> float:
+    """Return the largest relative difference that rounding explains in a program."""
+    dtypes = {str(v.dtype) for equation in program.walk() for v in equation.outputs}
+    return max([_TOLERANCE.get(name, 0.0) for name in dtypes], default=0.0)
+
+
+def drift(full: Program, small: Program) -> list[str]:
+    """Return where the small program computes with other numbers than the full one.
+
+    A size that a module writes into its program, as the denominator of a mean,
+    changes with the module. Primitives that only move entries are left out.
+    """
+    before, after = _scalars(full), _scalars(small)
+    names = [[name for name, *_ in one] for one in (before, after)]
+    found = []
+    for a, b, n in difflib.SequenceMatcher(
+        None, *names, autojunk=False
+    ).get_matching_blocks():
+        for (name, old, source), (_, new, _) in zip(
+            before[a : a + n], after[b : b + n], strict=True
+        ):
+            if old != new:
+                found.append(f"'{name}' ({source}) computes with {new}, not with {old}")
+    return found
+
+
+def _scalars(program: Program) -> list[tuple[str, list[float], str]]:
+    return [
+        (
+            equation.name,
+            [
+                float(literal_array(value))
+                for value in equation.inputs
+                if isinstance(value, Literal) and value.dtype != bool
+            ],
+            equation.source,
+        )
+        for equation in program.walk()
+        if equation.name not in _STRUCTURAL
+    ]
