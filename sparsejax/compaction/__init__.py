@@ -15,6 +15,7 @@ from sparsejax.compaction.errors import CompactionError as CompactionError
 from sparsejax.compaction.groups import Group as Group
 from sparsejax.compaction.groups import Member as Member
 from sparsejax.compaction.layers import register_compact as register_compact
+from sparsejax.compaction.linen import linen_apply as linen_apply
 from sparsejax.compaction.optimizer import (
     slice_optimizer_state as slice_optimizer_state,
 )

@@ -121,18 +121,15 @@ class Masked:
         """
         pins = [(self._resolved.marks(p.atoms), p) for p in self._coupling.pins]
         inside = live(interior=True)
-        varying, needed = (
-            self._marks(inside.varying) & ~self._emitted,
-            self._marks(self._liveness.needed) & ~self._emitted,
-        )
+        varying, needed = map(self._marks, (inside.varying, self._liveness.needed))
         for group, leaves in zip(grouping.groups, grouping.leaves, strict=True):
             left, reasons = self._partly[leaves], []
             for marked, pin in pins:
                 reasons.append((marked & self._wholly, str(pin), _refuses(pin)))
                 reasons.append((marked, str(pin), False))
             for marked, what, refused in (
-                (varying, "depends on the input", True),
-                (needed, "leaves a constant", False),
+                (varying & ~self._emitted, "depends on the input", True),
+                (needed & ~varying, "leaves a constant", False),
             ):
                 if (left & marked[leaves]).any():
                     site = self._site(inside if refused else self._liveness, leaves)

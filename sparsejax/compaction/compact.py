@@ -28,7 +28,13 @@ from sparsejax.compaction.subjects import (
     of_model,
     of_tree,
 )
-from sparsejax.compaction.verify import another_batch, compare, drift, tolerance
+from sparsejax.compaction.verify import (
+    another_batch,
+    compare,
+    drift,
+    sizes_in_code,
+    tolerance,
+)
 
 _CHOICES = {
     "constants": ("exact", "interior", "map", "keep"),
@@ -344,9 +350,10 @@ def _verified(
     try:
         again = trace(own.fn, own.arrays, *inputs).program
     except (TypeError, ValueError) as error:
+        places = sizes_in_code(done.analysis.coupling, done.analysis.selection)
         raise CompactionError(
-            "The model cannot be called with smaller parameters; it writes sizes into "
-            f"its own code: {error}\n{hint}"
+            "The model cannot be called with smaller parameters, it writes a size into "
+            f"its own code: {error} Look at {', '.join(places[:5])}.\n{hint}"
         ) from error
     error, scale = compare(masked, functools.partial(own.fn, own.arrays), inputs)
     allowed = tolerance(done.traced.program) * scale

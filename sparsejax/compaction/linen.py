@@ -52,10 +52,10 @@ def linen_apply(
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import linen as nn
-      >>> from sparsejax import compaction
+      >>> from sparsejax.compaction.linen import linen_apply
       >>> full = {"params": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
       >>> small = {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-      >>> apply = compaction.linen_apply(nn.Dense(4), full)
+      >>> apply = linen_apply(nn.Dense(4), full)
       >>> apply(small, jnp.ones((1, 3))).shape
       (1, 2)
     """

@@ -33,6 +33,9 @@ _BODIES = {
 }
 
 
+_LIBRARIES = {"equinox", "flax", "haiku"}
+
+
 @dataclasses.dataclass(eq=False)
 class Value:
     """An array that flows through a program."""
@@ -200,8 +203,14 @@ def _bodies(eqn: Any, source: str) -> tuple[Program, ...]:
 
 
 def _source(eqn: Any) -> str:
-    """Return ``file.py:line`` of the user's line that made an equation, or ``""``."""
-    place = source_info_util.summarize(eqn.source_info).split(" ")[0]
+    """Return ``file.py:line`` of the user's line that made an equation, or ``""``.
+
+    That is the innermost line which belongs neither to JAX nor to a library of layers.
+    """
+    frames = source_info_util.summarize(eqn.source_info, num_frames=32).splitlines()
+    places = [frame.strip().split(" ")[0] for frame in frames]
+    own = [place for place in places if not _LIBRARIES & set(place.split("/"))]
+    place = (own or places or [""])[-1]  # the innermost comes last
     return ":".join(place.rsplit("/", 1)[-1].split(":")[:2])
 
 

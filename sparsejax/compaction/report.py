@@ -110,7 +110,9 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         before, after = self.parameters
-        lines.append(f"parameters: {before:,} -> {after:,}")
+        lines.append(
+            f"parameters: {before:,} -> {after:,}; analysis took {self.seconds:.2f} s"
+        )
         if self.max_error is not None:
             lines.append(
                 f"largest difference {self.max_error:.2g} at outputs up to "

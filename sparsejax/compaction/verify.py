@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.compaction.coupling import Coupling
 from sparsejax.compaction.errors import CompactionError
+from sparsejax.compaction.plan import Selection
 from sparsejax.compaction.program import Literal, Program, literal_array
 
 # Largest difference between two orders of summation, relative to the largest output.
@@ -139,3 +141,17 @@ def _scalars(program: Program) -> list[tuple[str, list[float], str]]:
         for equation in program.walk()
         if equation.name not in _STRUCTURAL
     ]
+
+
+def sizes_in_code(coupling: Coupling, selection: Selection) -> list[str]:
+    """Return the operations that may write a number of channels that has changed."""
+    written = {"broadcast_in_dim", "iota", "pad", "reshape", "slice", "split"}
+    found = [
+        str(equation)
+        for equation in coupling.traced.program.walk()
+        if equation.name in written
+        for value in equation.outputs
+        for axis in coupling.of(value)
+        if axis is not None and len(selection.kept(axis)) < len(axis)
+    ]
+    return list(dict.fromkeys(found))
