@@ -46,7 +46,7 @@ _CHOICES = {
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["fn"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Replay:
     """A compacted function with its arrays; call it with the inputs.
 
