@@ -17,10 +17,10 @@ DEV := .venv/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench lint notebooks
+.PHONY: help demo test test-all bench bench-compaction lint notebooks
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: $(EXPERIMENTS) ## train sparse networks on real digits and write a report
 	$(BIN)/python experiments/demo.py --workdir=runs/demo $(ARGS)
@@ -33,6 +33,9 @@ test-all: $(DEV) ## run every test
 
 bench: $(EXPERIMENTS) ## measure mask updates and the steps between them
 	$(BIN)/python benchmarks/mask_update.py $(ARGS)
+
+bench-compaction: $(EXPERIMENTS) ## measure compaction: exactness, analysis, speed-up
+	$(BIN)/python benchmarks/compaction.py $(ARGS)
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/python -m ruff check

@@ -3,9 +3,11 @@
     python experiments/demo.py --workdir=runs/demo
 
 LeNet-300-100 on scikit-learn's digits, dense and by four methods at 95 % sparsity:
-`configs/digits_rigl.py` under ten seeds, which `jax.vmap` trains together. Prints a
-table; the folder gets `report.md` with pictures, `metrics.jsonl`, `config.json` and a
-checkpoint. A folder that holds a finished demo is left as it is.
+`configs/digits_rigl.py` under ten seeds, which `jax.vmap` trains together. Then a
+trained network loses three quarters of its neurons, is compacted, trained on, exported
+and served by a process without Flax. Prints tables; the folder gets `report.md` with
+pictures, `metrics.jsonl`, `config.json`, a checkpoint and two exported networks. A
+folder that holds a finished demo is left as it is.
 
 Expected: a minute on 2 CPU cores, half of it compilation.
 """

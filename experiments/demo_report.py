@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from configs import base
-from experiments import data, pictures, report
+from experiments import compact_demo, compact_report, data, pictures, report
 from experiments.seeds import History, mean_and_interval
 
 
@@ -58,6 +58,7 @@ def write(
     history: History,
     first_masks: Any,
     verified: str,
+    compacted: compact_demo.Compacted,
 ) -> None:
     """Write `report.md` and its pictures, which finishes a demo.
 
@@ -68,6 +69,7 @@ def write(
       history: rounds of the trainings by method.
       first_masks: of RigL, before the first step, [seeds, ...].
       verified: what was found about the checkpoint.
+      compacted: what the first networks ended in.
     """
     last_masks = history["rigl"][-1].masks
     num_seeds = len(history["rigl"][-1].accuracies)
@@ -120,6 +122,8 @@ def write(
         f"How many first-layer weights of all {num_seeds} RigL networks look at each "
         "pixel:",
         "![connections](connections.png)",
+        "## Small networks",
+        *compact_report.sections(compacted),
         "## Checkpoint",
         verified,
         "## Config",

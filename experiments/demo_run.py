@@ -1,4 +1,4 @@
-"""The demo: one config by every method, side by side under the same seeds."""
+"""The demo: one config by every method, and what training ends in, a small network."""
 
 import dataclasses
 import os
@@ -11,7 +11,14 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from configs import base, digits_rigl
-from experiments import data, demo_report, metrics, report
+from experiments import (
+    compact_demo,
+    compact_report,
+    data,
+    demo_report,
+    metrics,
+    report,
+)
 from experiments.seeds import History, Trainings, rounds
 from experiments.workdir import claim
 
@@ -24,6 +31,7 @@ class Demo:
 
     config: base.Config = dataclasses.field(default_factory=digits_rigl.get_config)
     num_seeds: int = 10
+    compact: compact_demo.Plan = dataclasses.field(default_factory=compact_demo.Plan)
 
     def config_of(self, method: str) -> base.Config:
         sparse = dataclasses.replace(self.config.sparse, method=method)
@@ -58,13 +66,25 @@ def run(demo: Demo, workdir: str | os.PathLike) -> None:
     history = train(demo, dataset, trainings, folder)
     verified = save_and_verify(trainings["rigl"], folder / "checkpoint")
     first_masks = trainings["rigl"].first_masks
-    demo_report.write(folder, demo.config, dataset, history, first_masks, verified)
+    compacted = compact_demo.run(
+        demo.compact,
+        demo.config,
+        dataset,
+        sparse=trainings["rigl"].model(0),
+        dense=trainings["dense"].model(0),
+        folder=folder,
+    )
+    demo_report.write(
+        folder, demo.config, dataset, history, first_masks, verified, compacted
+    )
 
     print(f"\n{demo_report.table(history)}\n\n{demo_report.gain(history)}\n{verified}")
+    print("\n" + "\n\n".join(compact_report.sections(compacted)))
     print(f"\nEverything is in {folder}:")
     print(f"  {report.FILE_NAME:<14} this table, what it means, and pictures")
     print(f"  {metrics.FILE_NAME:<14} loss, accuracy and sparsity after every round")
     print(f"  {'checkpoint':<14} the RigL networks, with masks and optimizer slots")
+    print(f"  {'*.safetensors':<14} the dense and the compacted network, to be served")
 
 
 def train(

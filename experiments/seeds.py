@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from scipy import stats
 
 from configs import base
@@ -103,6 +104,13 @@ class Trainings:
             for name in ("accuracy", "count")
         )
         return correct / count
+
+    def model(self, index: int) -> nnx.Module:
+        """Return the network of one seed as it is, in evaluation mode."""
+        state = jax.tree.map(lambda x: x[index], self.state)
+        model = nnx.merge(self._training.graphdef, state)["model"]
+        model.eval()
+        return model
 
     def _masks(self) -> Any:
         return jax.device_get(self._training.masks(self.state))

@@ -192,6 +192,7 @@ def test_no_tracked_file_names_a_path_of_one_machine():
         ("test", 'pytest -n 2 -m "not slow"'),
         ("test-all", "pytest -n 2"),
         ("bench", "benchmarks/mask_update.py"),
+        ("bench-compaction", "benchmarks/compaction.py"),
         ("lint", "ruff format --check"),
         ("lint", "pyright"),
         ("notebooks", "pytest --nbmake notebooks/"),

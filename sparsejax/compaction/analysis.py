@@ -121,7 +121,10 @@ class Masked:
         """
         pins = [(self._resolved.marks(p.atoms), p) for p in self._coupling.pins]
         inside = live(interior=True)
-        varying, needed = map(self._marks, (inside.varying, self._liveness.needed))
+        varying, needed, consumed = map(
+            self._marks,
+            (inside.varying, self._liveness.needed, self._liveness.consumed),
+        )
         for group, leaves in zip(grouping.groups, grouping.leaves, strict=True):
             left, reasons = self._partly[leaves], []
             for marked, pin in pins:
@@ -136,8 +139,9 @@ class Masked:
                     why = f"what is left of them {what} at {site}"
                     reasons.append((marked, why, refused))
             reasons.append((self._revived, "they make a size round or equal", False))
-            tied = np.ones(len(varying), bool)
-            reasons.append((tied, "they are tied to channels without a mask", False))
+            reasons.append((~consumed, "nothing sums over them", False))
+            rest = np.ones(len(varying), bool)
+            reasons.append((rest, "they are tied to channels without a mask", False))
             for marked, why, refused in reasons:
                 here = left & marked[leaves]
                 left = left & ~here

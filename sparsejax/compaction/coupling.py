@@ -151,6 +151,13 @@ class Coupling:
         """Return how many contractions use a parameter."""
         return self._uses_of[path]
 
+    def meet(self, equation: Equation) -> None:
+        """Note parameters that an equation puts beside what depends on the input."""
+        own = [value for value in equation.inputs if self.is_derived(value)]
+        if len(own) < len(equation.inputs):
+            for axis in (axis for value in own for axis in self.of(value)):
+                self.play("norm", axis)
+
     def use(self, equation: Equation, weight: Value) -> None:
         """Note that a contraction uses a value that comes from one parameter."""
         paths = {o.path for axis in self.of(weight) if axis for o in axis.origin}

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 from configs import base
-from experiments import data, demo_run, metrics, report, seeds
+from experiments import compact_demo, data, demo_run, metrics, report, seeds
+from sparsejax import serving
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEMO = demo_run.Demo(
@@ -24,6 +26,7 @@ DEMO = demo_run.Demo(
         eval_batch_size=360,
     ),
     num_seeds=2,
+    compact=compact_demo.Plan(channel_sparsity=0.5, num_steps=4, seconds=0.01),
 )
 SIZE = 64 * 12 + 12 * 10
 
@@ -93,6 +96,42 @@ def test_the_checkpoint_holds_the_trained_networks(finished):
     accuracy = metrics.read(folder)[-1]["rigl/test/accuracy"]
     assert trainings.accuracies(loaded["state"]).mean() == pytest.approx(accuracy)
     assert trainings.accuracies(trainings.state).mean() != pytest.approx(accuracy)
+
+
+def test_a_demo_ends_with_small_networks(finished):
+    folder, printed = finished
+    text = (folder / report.FILE_NAME).read_text()
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert all(line in text for line in lines)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    (sparse, small_sparse, _, masked, small, trained_on), *_ = (
+        [row[1:] for row in cells[i + 2 :][:6]]
+        for i, (name, *_) in enumerate(cells)
+        if name == "network"
+    )
+    # What is cut off has gone, and what the networks get right is the same.
+    assert sparse[:2] == masked[:2] == ["12", f"{SIZE + 22:,}"]
+    assert small[:3] == ["6", f"{65 * 6 + 70:,}", f"{2 * 74 * 6:,}"]
+    assert small[3] == masked[3] and small_sparse[3] == sparse[3]
+    assert trained_on[:3] == small[:3]
+    served = serving.load(folder / "compacted.safetensors")
+    digits = data.load("digits")
+    predicted = np.asarray(served(digits.normalize(digits.test.images))).argmax(-1)
+    accuracy = f"{np.mean(predicted == digits.test.labels):.2%}"
+    (of_file,) = (row for row in cells if row[0] == "compacted.safetensors")
+    assert of_file[2] == trained_on[3] == accuracy
+    size = (folder / "compacted.safetensors").stat().st_size
+    assert of_file[1] == f"{size:,}"
+    assert served.num_parameters == 65 * 6 + 70
+
+
+def test_serving_imports_no_flax(finished, monkeypatch, capfd):
+    folder, _ = finished
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    compact_demo.serve(folder, data.load("digits"), seconds=0)
+    imported = capfd.readouterr().err
+    assert "sparsejax.serving" in imported
+    assert "flax" not in imported
 
 
 def test_a_finished_demo_is_left_alone(finished, capsys):

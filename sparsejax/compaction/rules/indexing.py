@@ -41,6 +41,7 @@ register(
 
 
 def _couple_dynamic_update_slice(coupling, equation):
+    coupling.meet(equation)
     source, update = equation.inputs[:2]
     result = []
     for i, axes in enumerate(

@@ -12,6 +12,7 @@ from sparsejax.compaction.rules.registry import bind, register
 
 
 def _couple_concatenate(coupling, equation):
+    coupling.meet(equation)
     along = equation.params["dimension"]
     (output,) = equation.outputs
     parts = [coupling.of(value) for value in equation.inputs]
@@ -63,6 +64,7 @@ register("concatenate", couple=_couple_concatenate, evaluate=_evaluate_concatena
 
 
 def _couple_stack(coupling, equation):
+    coupling.meet(equation)
     along = equation.params["axis"]
     axes = list(coupling.of(equation.inputs[0]))
     for value in equation.inputs[1:]:
