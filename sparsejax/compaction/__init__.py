@@ -7,7 +7,6 @@ carry it out: `replay` for any function, `rebuild` for modules.
 
 from sparsejax.compaction.checkpoint import restore as restore
 from sparsejax.compaction.checkpoint import save as save
-from sparsejax.compaction.compact import Replay as Replay
 from sparsejax.compaction.compact import channel_groups as channel_groups
 from sparsejax.compaction.compact import compact as compact
 from sparsejax.compaction.compact import compact_fn as compact_fn
@@ -20,4 +19,5 @@ from sparsejax.compaction.optimizer import (
     slice_optimizer_state as slice_optimizer_state,
 )
 from sparsejax.compaction.plan import Plan as Plan
+from sparsejax.compaction.replay import Replay as Replay
 from sparsejax.compaction.report import Report as Report

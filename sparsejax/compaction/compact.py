@@ -13,14 +13,13 @@ from flax import nnx
 
 from sparsejax.compaction.analysis import Analysis, analyse, refuse
 from sparsejax.compaction.coupling import Coupling
-from sparsejax.compaction.errors import CompactionError
 from sparsejax.compaction.groups import find_groups
 from sparsejax.compaction.layers import equal_sizes
 from sparsejax.compaction.optimizer import slice_optimizer_state
 from sparsejax.compaction.plan import Plan, make_plan
 from sparsejax.compaction.program import Traced, trace
 from sparsejax.compaction.rebuild import foldable, rebuild
-from sparsejax.compaction.replay import Addition, additions, replay
+from sparsejax.compaction.replay import Replay, additions, replay
 from sparsejax.compaction.report import Report, make_report
 from sparsejax.compaction.subjects import (
     Subject,
@@ -28,41 +27,13 @@ from sparsejax.compaction.subjects import (
     of_model,
     of_tree,
 )
-from sparsejax.compaction.verify import (
-    another_batch,
-    compare,
-    drift,
-    sizes_in_code,
-    tolerance,
-)
+from sparsejax.compaction.verify import check
 
 _CHOICES = {
     "constants": ("exact", "interior", "map", "keep"),
     "on_unknown": ("error", "pin"),
     "backend": ("rebuild", "replay"),
 }
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["fn"]
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Replay:
-    """A compacted function with its arrays; call it with the inputs.
-
-    A pytree, as `sparsejax.serving.export` takes it.
-
-    Attributes:
-      arrays: what is left of the parameters, by path.
-      fn: ``fn(arrays, *inputs)``.
-    """
-
-    arrays: dict[str, jax.Array]
-    fn: Callable[..., Any]
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Return the outputs."""
-        return self.fn(self.arrays, *inputs)
 
 
 def channel_groups(model: Any, *example_inputs: Any, params: Any = None) -> Report:
@@ -320,9 +291,7 @@ def _sliced(subject: Subject, plan: Plan) -> dict[str, Any]:
 
 def _replayed(subject: Subject, done: _Done, constants: str) -> Replay:
     selection, liveness = done.analysis.selection, done.analysis.liveness
-    added: dict[tuple[str, int], Addition] = additions(
-        selection, liveness, maps=constants == "map"
-    )
+    added = additions(selection, liveness, maps=constants == "map")
     shapes = {
         path: jax.ShapeDtypeStruct(array.shape, array.dtype)
         for path, array in subject.arrays.items()
@@ -332,39 +301,18 @@ def _replayed(subject: Subject, done: _Done, constants: str) -> Replay:
 
 
 def _verified(
-    subject: Subject,
-    small: Any,
-    example_inputs: tuple[Any, ...],
-    done: _Done,
-    constants: str,
+    subject: Subject, small: Any, inputs: tuple[Any, ...], done: _Done, constants: str
 ) -> Report:
-    """Compare outputs, and the programs' literals where they explain a difference.
-
-    Raises:
-      CompactionError: the small model cannot be called, or computes something else.
-    """
-    masked = functools.partial(subject.fn, subject.arrays)
-    inputs = another_batch(masked, example_inputs)
-    hint = 'Pass backend="replay", or register_compact(Type, fix) for such a module.'
-    own = small if isinstance(small, Replay) else of_model(small)
-    try:
-        again = trace(own.fn, own.arrays, *inputs).program
-    except (TypeError, ValueError) as error:
-        places = sizes_in_code(done.analysis.coupling, done.analysis.selection)
-        raise CompactionError(
-            "The model cannot be called with smaller parameters, it writes a size into "
-            f"its own code: {error} Look at {', '.join(places[:5])}.\n{hint}"
-        ) from error
-    error, scale = compare(masked, functools.partial(own.fn, own.arrays), inputs)
-    allowed = tolerance(done.traced.program) * scale
-    drifted = [] if isinstance(small, Replay) else drift(done.traced.program, again)
-    if error > allowed and constants != "interior":
-        found = "\n".join(drifted[:5]) or "no number in its program explains it"
-        raise CompactionError(
-            f"The compacted model differs from the masked one by {error:.3g} at "
-            f"outputs up to {scale:.3g}; rounding explains {allowed:.3g}. {found}.\n"
-            f"{hint}"
-        )
+    """Return the report with the measured error; raise where it is too large."""
+    own = small.subject() if isinstance(small, Replay) else of_model(small)
+    error, scale = check(
+        subject,
+        own,
+        inputs,
+        done.analysis.selection,
+        rebuilt=not isinstance(small, Replay),
+        inexact=constants == "interior",
+    )
     return dataclasses.replace(done.report, max_error=error, scale=scale)
 
 

@@ -6,6 +6,7 @@ with custom derivatives are inlined: serve what comes out, do not train it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from sparsejax.compaction.program import (
     literal_array,
     trace,
 )
+from sparsejax.compaction.subjects import Subject
 
 Keep = dict[str, tuple[np.ndarray | None, ...]]
 
@@ -183,6 +185,34 @@ def replay(
         return traced.output_tree.unflatten(rewriter.run(traced.program, leaves))
 
     return small
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["fn"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay:
+    """A compacted function with its arrays; call it with the inputs.
+
+    A pytree, as `sparsejax.serving.export` takes it.
+
+    Attributes:
+      arrays: what is left of the parameters, by path.
+      fn: ``fn(arrays, *inputs)``.
+    """
+
+    arrays: dict[str, jax.Array]
+    fn: Callable[..., Any]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the outputs."""
+        return self.fn(self.arrays, *inputs)
+
+    def subject(self) -> Subject:
+        """Return it as a function of its arrays."""
+        return Subject(
+            self.fn, self.arrays, lambda arrays: Replay(dict(arrays), self.fn)
+        )
 
 
 def transfer(coupling: Coupling, keep: Keep) -> Selection:

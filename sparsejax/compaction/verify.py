@@ -1,6 +1,7 @@
 """Is the small model the masked one? Asked of its outputs and of its program."""
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.compaction.coupling import Coupling
 from sparsejax.compaction.errors import CompactionError
 from sparsejax.compaction.plan import Selection
-from sparsejax.compaction.program import Literal, Program, literal_array
+from sparsejax.compaction.program import Literal, Program, literal_array, trace
+from sparsejax.compaction.subjects import Subject
 
 # Largest difference between two orders of summation, relative to the largest output.
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -33,6 +34,57 @@ _STRUCTURAL = {
     "squeeze",
     "transpose",
 }
+
+
+def check(
+    masked: Subject,
+    small: Subject,
+    example_inputs: tuple[Any, ...],
+    selection: Selection,
+    *,
+    rebuilt: bool,
+    inexact: bool,
+) -> tuple[float, float]:
+    """Compare outputs on random inputs; numbers in the programs explain a difference.
+
+    Args:
+      masked: the full model.
+      small: what was made of it.
+      example_inputs: of the masked model.
+      selection: the channels that went.
+      rebuilt: whether ``small`` runs code of its own.
+      inexact: whether a difference was asked for.
+
+    Returns:
+      The largest absolute difference, and the largest absolute output.
+
+    Raises:
+      CompactionError: the small model cannot be called, or computes something else.
+    """
+    full = functools.partial(masked.fn, masked.arrays)
+    inputs = another_batch(full, example_inputs)
+    program = selection.coupling.traced.program
+    hint = 'Pass backend="replay", or register_compact(Type, fix) for such a module.'
+    try:
+        again = trace(small.fn, small.arrays, *inputs).program
+    except (TypeError, ValueError) as error:
+        places = ", ".join(sizes_in_code(selection)[:5])
+        raise CompactionError(
+            "The model cannot be called with smaller parameters, it writes a size into "
+            f"its own code: {error} Look at {places}.\n{hint}"
+        ) from error
+    own = functools.partial(small.fn, small.arrays)
+    error, scale = compare(full, own, inputs)
+    allowed = tolerance(program) * scale
+    if error > allowed and not inexact:
+        drifted = drift(program, again) if rebuilt else []
+        found = "\n".join(drifted[:5]) or "no number in its program explains it"
+        raise CompactionError(
+            f"The compacted model differs from the masked one by {error:.3g} at "
+            f"outputs up to {scale:.3g}; rounding explains {allowed:.3g}. {found}.\n"
+            f"{hint}"
+        )
+    return error, scale
 
 
 def another_batch(
@@ -143,15 +195,15 @@ def _scalars(program: Program) -> list[tuple[str, list[float], str]]:
     ]
 
 
-def sizes_in_code(coupling: Coupling, selection: Selection) -> list[str]:
+def sizes_in_code(selection: Selection) -> list[str]:
     """Return the operations that may write a number of channels that has changed."""
     written = {"broadcast_in_dim", "iota", "pad", "reshape", "slice", "split"}
     found = [
         str(equation)
-        for equation in coupling.traced.program.walk()
+        for equation in selection.coupling.traced.program.walk()
         if equation.name in written
         for value in equation.outputs
-        for axis in coupling.of(value)
+        for axis in selection.coupling.of(value)
         if axis is not None and len(selection.kept(axis)) < len(axis)
     ]
     return list(dict.fromkeys(found))

@@ -261,3 +261,18 @@ def test_bad_options_are_refused():
         compaction.compact_fn(fn, params, X, constants="fold")
     with pytest.raises(ValueError, match="on_unknown.*'ignore'"):
         compaction.compact_fn(fn, params, X, on_unknown="ignore")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "activation",
+    [lambda h: jax.nn.gelu(h, approximate=False), jax.nn.sigmoid, jnp.arctan],
+    ids=["gelu", "sigmoid", "arctan"],
+)
+def test_constants_of_half_precision_are_folded(dtype, activation):
+    fn, params = consumed(lambda p, h: conv(activation(h), p["w"]), w=(1, 1, 8, 4))
+    params = {name: jnp.asarray(leaf, dtype) for name, leaf in params.items()}
+    x = jnp.asarray(X, dtype)
+    small_fn, small, report = compaction.compact_fn(fn, params, x)
+    assert left(small) == 4
+    assert error_of(fn, params, small_fn, small, x) < 3e-2

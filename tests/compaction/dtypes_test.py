@@ -75,6 +75,22 @@ def test_parameters_in_float32_that_compute_in_bfloat16():
     assert relative_error(run(small_fn, small, x), run(fn, params, x)) < 0.02
 
 
+def test_numpy_parameters_are_promoted_as_traced_ones():
+    """NumPy adds 1e-5 to bfloat16 in float32; a traced array stays bfloat16."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(jnp.bfloat16)
+    params = {"a": normal(5, 8), "var": abs(normal(8)), "b": normal(8, 3)}
+    params["a"][:, :4] = 0
+
+    def fn(p, x):
+        y = lax.dot(x, p["a"]) * (p["var"] + 1e-5)[None]
+        return lax.conv(y[..., None], p["b"].T[..., None], (1,), "SAME")[..., 0]
+
+    small_fn, small, _ = compaction.compact_fn(fn, params, normal(2, 5))
+    assert small["a"].shape == (5, 4)
+    assert jax.eval_shape(small_fn, small, normal(2, 5)).dtype == jnp.bfloat16
+
+
 def test_the_smallest_numbers_are_alive():
     """A weight that underflows in a product is not zero."""
     params = {

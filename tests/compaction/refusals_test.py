@@ -21,6 +21,7 @@ from compaction_probes import (
 )
 from flax import nnx
 from jax import lax
+from jax.interpreters import mlir
 
 from sparsejax import compaction
 
@@ -152,8 +153,8 @@ def channel_attention(h):
 mystery_p = jax.extend.core.Primitive("mystery")
 mystery_p.def_impl(lambda x: x * x.sum(1, keepdims=True))
 mystery_p.def_abstract_eval(lambda x: x)
-jax.interpreters.mlir.register_lowering(
-    mystery_p, jax.interpreters.mlir.lower_fun(mystery_p.impl, multiple_results=False)
+mlir.register_lowering(
+    mystery_p, mlir.lower_fun(mystery_p.impl, multiple_results=False)
 )
 
 

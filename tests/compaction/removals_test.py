@@ -172,6 +172,22 @@ def test_pixel_shuffle():
     assert hidden_left(small) == 8
 
 
+def test_fused_attention_that_loses_all_heads():
+    """The part of an axis that stands for queries, keys and values stays what it is."""
+    embed, qkv, out, head = _weights((5, 6), (6, 24), (8, 6), (6, 3))
+
+    def fn(p, x):
+        y = jnp.stack([x, jnp.sin(x)], 1) @ p["embed"]
+        q, k, v = jnp.moveaxis((y @ p["qkv"]).reshape(-1, 2, 3, 2, 4), 2, 0)
+        scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k), -1)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(-1, 2, 8)
+        return (y + mixed @ p["out"]).mean(1) @ p["head"]
+
+    zeros = {"qkv": np.zeros_like(qkv), "out": np.zeros_like(out)}
+    small, _ = compacted(fn, {"embed": embed, "head": head, **zeros}, on_unknown="pin")
+    assert small["out"].shape == (0, 6)
+
+
 # Weights that are computed, shared or used in two ways: (function, masked parameters,
 # how many hidden channels are left)
 

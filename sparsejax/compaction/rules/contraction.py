@@ -172,7 +172,7 @@ def _folded_constants(liveness, equation, sides, side):
     (contracted,) = _axes(equation)[side][1]
     single = activation.value.shape[0] == activation.value.shape[2] == 1
     if coupling.is_derived(values[side]) or not single or weight.value.shape[0] != 1:
-        return False
+        return np.False_
     return liveness.fold(
         equation,
         coupling.of(values[side])[contracted],

@@ -140,7 +140,7 @@ def _evaluate(liveness, equation, ins):
         return ins
     (output,) = equation.outputs
     shape = liveness.shape(output)
-    ins = [_spread(one, shape) for one in ins]
+    ins = [_wide(_spread(one, shape)) for one in ins]
     unknown = np.logical_or.reduce(np.broadcast_arrays(*[one.unknown for one in ins]))
     value, unknown = _special(equation, ins, unknown)
     if value is None:
@@ -159,6 +159,12 @@ def _spread(one, shape):
         return one
     fixed = tuple(i for i, n in enumerate(shape) if n == 1)
     return one.collapse(fixed)
+
+
+def _wide(one):
+    """Compute with float32 where NumPy or SciPy know no functions of half precision."""
+    small = one.value.dtype.itemsize == 2 and one.value.dtype.kind not in "iub"
+    return Known(one.value.astype(np.float32), one.unknown) if small else one
 
 
 def _special(equation, ins, unknown):
