@@ -118,9 +118,9 @@ def beside(pick, c, rngs):
 
 
 def norm(pick, c, rngs):
-    kind = pick(nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm)
-    options = {"use_running_average": True} if kind is nnx.BatchNorm else {}
-    return kind(c, rngs=rngs, **options), c
+    batch_norm = lambda c, rngs: nnx.BatchNorm(c, use_running_average=True, rngs=rngs)
+    kind = pick(nnx.LayerNorm, nnx.RMSNorm, batch_norm)
+    return kind(c, rngs=rngs), c
 
 
 def group_norm(pick, c, rngs):

@@ -21,6 +21,7 @@ from sparsejax.compaction.program import Traced, trace
 from sparsejax.compaction.rebuild import foldable, rebuild
 from sparsejax.compaction.replay import Replay, additions, replay
 from sparsejax.compaction.report import Report, make_report
+from sparsejax.compaction.slicing import take
 from sparsejax.compaction.subjects import (
     Subject,
     check_unchanged,
@@ -286,7 +287,9 @@ def _size_left(plan: Plan, path: str, array: Any) -> int:
 
 
 def _sliced(subject: Subject, plan: Plan) -> dict[str, Any]:
-    return {path: plan.slice(path, array) for path, array in subject.arrays.items()}
+    return {
+        path: take(array, plan.keep[path]) for path, array in subject.arrays.items()
+    }
 
 
 def _replayed(subject: Subject, done: _Done, constants: str) -> Replay:
@@ -296,8 +299,13 @@ def _replayed(subject: Subject, done: _Done, constants: str) -> Replay:
         path: jax.ShapeDtypeStruct(array.shape, array.dtype)
         for path, array in subject.arrays.items()
     }
+    living = {
+        path: selection.living(axes)
+        for path, axes in selection.coupling.parameter_axes.items()
+        if path in shapes
+    }
     left = jax.tree.map(jnp.asarray, _sliced(subject, done.plan))
-    return Replay(left, replay(subject.fn, shapes, done.plan.keep, added))
+    return Replay(left, replay(subject.fn, shapes, living, added))
 
 
 def _verified(

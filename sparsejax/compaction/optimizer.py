@@ -8,7 +8,8 @@ from flax import nnx
 
 from sparsejax.compaction.errors import CompactionError
 from sparsejax.compaction.plan import Plan
-from sparsejax.compaction.rebuild import check_plan, take
+from sparsejax.compaction.rebuild import check_plan
+from sparsejax.compaction.slicing import take
 from sparsejax.masks.layout import named_leaves, path_name
 
 S = TypeVar("S")

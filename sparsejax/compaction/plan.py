@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 
-from sparsejax.compaction.axes import Axis
+from sparsejax.compaction.axes import Axes, Axis
 from sparsejax.compaction.coupling import Coupling
 from sparsejax.compaction.liveness import Constant, Liveness
 
@@ -31,23 +30,6 @@ class Plan:
     )
     folds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def slice(self, path: str, array):
-        """Return what is left of a parameter, or of an array of its shape.
-
-        Args:
-          path: the parameter's.
-          array: NumPy or JAX array, or ``jax.ShapeDtypeStruct``.
-        """
-        kept = self.keep.get(path, ())
-        if isinstance(array, jax.ShapeDtypeStruct):
-            sizes = zip(array.shape, kept or array.shape, strict=True)
-            shape = [n if one is None else len(one) for n, one in sizes if kept]
-            return jax.ShapeDtypeStruct(shape or array.shape, array.dtype)
-        for axis, indices in enumerate(kept):
-            if indices is not None:
-                array = array.take(indices, axis=axis)
-        return array
-
 
 class Selection:
     """The channels that go, of all axes of a program."""
@@ -69,6 +51,17 @@ class Selection:
         back = self.dead & self.resolved.marks(atoms)
         self.dead, self.revived = self.dead & ~back, self.revived | back
         self._gone = self.resolved.spread(self.dead)
+
+    def living(self, axes: Axes) -> tuple[np.ndarray | None, ...]:
+        """Return for each axis bool [indices, factors]: which factors are alive."""
+        columns = [
+            None if axis is None else self.resolved.leaf_columns(axis.atoms)
+            for axis in axes
+        ]
+        return tuple(
+            None if leaves is None else (leaves < 0) | ~self.dead[leaves]
+            for leaves in columns
+        )
 
     def keep(self) -> dict[str, tuple[np.ndarray | None, ...]]:
         """Return the kept indices of every parameter."""

@@ -29,7 +29,7 @@ from sparsejax.compaction.program import (
 )
 from sparsejax.compaction.subjects import Subject
 
-Keep = dict[str, tuple[np.ndarray | None, ...]]
+Living = dict[str, tuple[np.ndarray | None, ...]]
 
 
 class Rewriter:
@@ -162,7 +162,7 @@ def additions(
 def replay(
     fn: Callable[..., Any],
     shapes: dict[str, jax.ShapeDtypeStruct],
-    keep: Keep,
+    living: Living,
     added: Mapping[tuple[str, int], Addition],
 ) -> Callable[..., Any]:
     """Return ``small(arrays, *inputs)``: fn on what is left of its arrays.
@@ -170,7 +170,7 @@ def replay(
     Args:
       fn: ``fn(arrays, *inputs)``, arrays by path.
       shapes: of the full arrays.
-      keep: the kept indices of each array.
+      living: for each axis of each array, `Selection.living`.
       added: what contractions add to their outputs.
 
     It is traced anew for every shape of its inputs, so that any size of batch, also a
@@ -180,7 +180,7 @@ def replay(
     @jax.jit
     def small(arrays: dict[str, jax.Array], *inputs: Any) -> Any:
         traced = trace(fn, shapes, *inputs)
-        rewriter = Rewriter(transfer(Coupling(traced), keep), added)
+        rewriter = Rewriter(transfer(Coupling(traced), living), added)
         leaves = jax.tree.leaves((arrays, inputs))
         return traced.output_tree.unflatten(rewriter.run(traced.program, leaves))
 
@@ -215,20 +215,18 @@ class Replay:
         )
 
 
-def transfer(coupling: Coupling, keep: Keep) -> Selection:
-    """Return the selection of another trace that keeps the same of every parameter.
+def transfer(coupling: Coupling, living: Living) -> Selection:
+    """Return the selection of another trace in which the same of every array lives.
 
     The equations of two traces of one function, as at two batch sizes, need not match;
     its parameters do.
     """
     resolved = coupling.classes.resolve()
-    alive = np.zeros(len(resolved.roots), bool)
-    everything = np.zeros(len(resolved.roots), bool)
-    for path in coupling.traced.parameters:
-        axes = coupling.parameter_axes[path]
-        for axis, kept in zip(axes, keep[path], strict=True):
-            if axis is not None:
-                everything |= resolved.marks(axis.atoms)
-                stays = axis.atoms if kept is None else axis.atoms[kept]
-                alive |= resolved.marks(stays)
-    return Selection(coupling, everything & ~alive)
+    present, alive = (np.zeros(len(resolved.roots), bool) for _ in range(2))
+    for path, axes in living.items():
+        for axis, lives in zip(coupling.parameter_axes[path], axes, strict=True):
+            if axis is not None and lives is not None:
+                leaves = resolved.leaf_columns(axis.atoms)
+                present[leaves[leaves >= 0]] = True
+                alive[leaves[(leaves >= 0) & lives]] = True
+    return Selection(coupling, present & ~alive)

@@ -1,8 +1,6 @@
 """Is the small model the masked one? Asked of its outputs and of its program."""
 
 import difflib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,8 +59,7 @@ def check(
     Raises:
       CompactionError: the small model cannot be called, or computes something else.
     """
-    full = functools.partial(masked.fn, masked.arrays)
-    inputs = another_batch(full, example_inputs)
+    inputs = another_batch(masked, example_inputs)
     program = selection.coupling.traced.program
     hint = 'Pass backend="replay", or register_compact(Type, fix) for such a module.'
     try:
@@ -73,8 +70,7 @@ def check(
             "The model cannot be called with smaller parameters, it writes a size into "
             f"its own code: {error} Look at {places}.\n{hint}"
         ) from error
-    own = functools.partial(small.fn, small.arrays)
-    error, scale = compare(full, own, inputs)
+    error, scale = compare(masked, small, inputs)
     allowed = tolerance(program) * scale
     if error > allowed and not inexact:
         drifted = drift(program, again) if rebuilt else []
@@ -87,15 +83,13 @@ def check(
     return error, scale
 
 
-def another_batch(
-    fn: Callable[..., Any], example_inputs: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """Return random inputs, of one more example than the given ones where ``fn`` can.
+def another_batch(subject: Subject, example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return random inputs, of one more example than the given ones where it can be.
 
     Floats are standard normal, integers are drawn from the given ones.
 
     Args:
-      fn: the function of these inputs.
+      subject: the function of these inputs.
       example_inputs: trees of arrays or ``jax.ShapeDtypeStruct``.
     """
     leaves = jax.tree.leaves(example_inputs)
@@ -103,7 +97,7 @@ def another_batch(
     if len(sizes) == 1 and None not in sizes:
         larger = _drawn(example_inputs, 1)
         try:
-            jax.eval_shape(fn, *larger)
+            jax.eval_shape(subject.fn, subject.arrays, *larger)
             return larger
         except (TypeError, ValueError):  # its leading axis is no batch
             pass
@@ -126,7 +120,7 @@ def _drawn(example_inputs: tuple[Any, ...], more: int) -> tuple[Any, ...]:
 
 
 def compare(
-    masked: Callable[..., Any], small: Callable[..., Any], inputs: tuple[Any, ...]
+    masked: Subject, small: Subject, inputs: tuple[Any, ...]
 ) -> tuple[float, float]:
     """Return the largest absolute difference of outputs, and the largest output.
 
@@ -134,13 +128,7 @@ def compare(
       CompactionError: the masked model's outputs are not finite.
     """
     with jax.default_matmul_precision("highest"):
-        expected, found = (
-            [
-                np.asarray(leaf, np.float64)
-                for leaf in jax.tree.leaves(jax.jit(f)(*inputs))
-            ]
-            for f in (masked, small)
-        )
+        expected, found = (_outputs(subject, inputs) for subject in (masked, small))
     if not all(np.isfinite(leaf).all() for leaf in expected):
         raise CompactionError(
             "The masked model's outputs for random inputs are not finite. Compaction "
@@ -151,6 +139,11 @@ def compare(
     ]
     scales = [np.abs(leaf).max(initial=0.0) for leaf in expected]
     return float(max(differences, default=0.0)), float(max(scales, default=0.0))
+
+
+def _outputs(subject: Subject, inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    outputs = jax.jit(subject.fn)(subject.arrays, *inputs)
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(outputs)]
 
 
 def tolerance(program: Program) -> float:

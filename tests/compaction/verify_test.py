@@ -6,7 +6,12 @@ from flax import nnx
 
 from sparsejax import compaction
 from sparsejax.compaction.program import flatten
+from sparsejax.compaction.subjects import Subject
 from sparsejax.compaction.verify import another_batch, compare, drift, tolerance
+
+
+def subject(fn):
+    return Subject(lambda arrays, *inputs: fn(*inputs), {}, dict)
 
 
 def program(fn, *inputs):
@@ -32,8 +37,8 @@ def test_moving_entries_is_no_drift():
 
 def test_another_batch_has_one_more_example_where_the_function_takes_it():
     (x, ids), (y,) = (
-        another_batch(lambda *a: a, (jnp.ones((2, 3)), jnp.array([5, 7]))),
-        another_batch(lambda a: a.reshape(2, 6), (jnp.ones((3, 4)),)),
+        another_batch(subject(lambda *a: a), (jnp.ones((2, 3)), jnp.array([5, 7]))),
+        another_batch(subject(lambda a: a.reshape(2, 6)), (jnp.ones((3, 4)),)),
     )
     assert x.shape == (3, 3) and ids.shape == (3,) and y.shape == (3, 4)
     assert set(ids.tolist()) <= {5, 7}
@@ -42,7 +47,7 @@ def test_another_batch_has_one_more_example_where_the_function_takes_it():
 
 def test_infinite_outputs_are_refused():
     with pytest.raises(compaction.CompactionError, match="not finite"):
-        compare(jnp.log, jnp.log, (-jnp.ones(3),))
+        compare(subject(jnp.log), subject(jnp.log), (-jnp.ones(3),))
 
 
 def test_the_tolerance_is_that_of_the_roughest_dtype():
