@@ -34,7 +34,7 @@ class Draw:
         return (shift + scale * self.rng.normal(size=shape)).astype(np.float32)
 
     def kernel(self, *shape, fan_in):
-        return self.normal(*shape, scale=(1.5 / fan_in) ** 0.5)
+        return self.normal(*shape, scale=(1.5 / max(fan_in, 1)) ** 0.5)
 
     def module(self, kind, **leaves):
         """Add a module of parameters; return its name."""

@@ -40,17 +40,25 @@ def draw_masks(
 ) -> Any:
     """Draw a random mask for every sparse leaf, sharded as the leaf is."""
     named = named_leaves(params)
-    weights = {path: named[path] for path in leaves}
+    weights = [named[path] for path in leaves]
     axes = tuple(x.layout.layer_axes(len(x.shape)) for x in leaves.values())
-    shardings = tuple(auto_sharding(weight) for weight in weights.values())
-    masks = _drawer(axes, shardings)(key, weights, [budgets[path] for path in leaves])
+    shardings = tuple(map(auto_sharding, weights))
+    draw = _drawer(tuple(leaves), axes, shardings)
+    masks = draw(key, weights, [budgets[path] for path in leaves])
     return tree_at(params, dict(zip(leaves, masks, strict=True)))
 
 
 @functools.lru_cache(maxsize=64)
-def _drawer(axes, shardings):
-    """Return `random_masks` compiled for layers along ``axes``."""
-    draw = lambda key, weights, k: random_masks(key, weights, k, axes)
+def _drawer(names, axes, shardings):
+    """Return `random_masks` compiled for layers along ``axes``.
+
+    Weights come as a list: jit would sort a dict by its keys, "10" before "2".
+    """
+
+    def draw(key, weights, k):
+        named = dict(zip(names, weights, strict=True))
+        return random_masks(key, named, k, axes)
+
     if all(sharding is None for sharding in shardings):
         return jax.jit(draw)
     return jax.jit(draw, out_shardings=list(shardings))
