@@ -96,18 +96,81 @@ def cubic_progress(start_at: int, stop_at: int) -> Schedule:
     return lambda step: 1.0 - _left(step, start_at, stop_at) ** 3
 
 
+def cosine_between(initial: float, final: float, stop_at: int) -> Schedule:
+    """Return half a cosine from ``initial`` at step 0 to ``final`` at ``stop_at``.
+
+    ``f(t) = final + (initial - final) / 2 * (1 + cos(pi * t / stop_at))``. Chase (Yin
+    et al. 2023) has two: the share of all weights that training holds beyond its
+    budget, from 0.05 to 0 or 0.005, and the fraction of active weights that it
+    replaces later, from 0.5 to 0.005.
+
+    Args:
+      initial: the fraction at step 0, in [0, 1].
+      final: the fraction from ``stop_at`` on, in [0, 1].
+      stop_at: the step from which on it is ``final``.
+
+    Raises:
+      ValueError: a fraction is outside [0, 1] or ``stop_at`` is not positive.
+
+    Example:
+      >>> from sparsejax import schedules
+      >>> replaced = schedules.cosine_between(0.5, 0.005, stop_at=80_000)
+      >>> [round(float(replaced(t)), 4) for t in (0, 65_000, 80_000)]
+      [0.5, 0.0467, 0.005]
+    """
+    initial = _fraction("cosine_between", initial)
+    final = _fraction("cosine_between", final, "final")
+    fall = optax.cosine_decay_schedule(1.0, _positive("cosine_between", stop_at))
+
+    def schedule(step):
+        left = fall(step)
+        return initial * left + final * (1.0 - left)  # exact at both ends
+
+    return schedule
+
+
+def channels_kept(
+    channels: int, channel_sparsity: chex.Numeric, stop_at: int
+) -> Schedule:
+    """Return how many channels gradual removal leaves at a step.
+
+    ``K(t) = floor(channels * (1 - channel_sparsity * p(t)))`` with the progress p of
+    `cubic_progress` from step 0 to ``stop_at``: Yin et al. 2023, "Dynamic sparsity is
+    channel-level sparsity learner".
+
+    Args:
+      channels: how many there are at first, in all groups together.
+      channel_sparsity: the fraction of them that is gone in the end, in [0, 1), traced
+        or not.
+      stop_at: the step from which on the last of them is gone.
+
+    Returns:
+      A function from the step to an int32 scalar.
+
+    Example:
+      >>> from sparsejax import schedules
+      >>> kept = schedules.channels_kept(4992, 0.5, stop_at=65_000)
+      >>> [int(kept(t)) for t in (0, 7_500, 63_500)]
+      [4992, 4223, 2496]
+    """
+    progress = cubic_progress(0, stop_at)
+    return lambda step: share(channels, 1.0 - channel_sparsity * progress(step))
+
+
 class Periodic(NamedTuple):
-    """Steps at multiples of ``update_every`` in ``[start_at, stop_at)``.
+    """Steps at multiples of ``update_every``, or before, in ``[start_at, stop_at)``.
 
     Attributes:
       start_at: no update before this step.
       update_every: steps between updates.
       stop_at: no update from this step on; ``None``: they never end.
+      ahead: how many steps before the multiples.
     """
 
     start_at: int
     update_every: int
     stop_at: int | None
+    ahead: int = 0
 
     def check(self, owner: str) -> "Periodic":
         """Return the schedule; raise ValueError, naming ``owner``, if it is none."""
@@ -130,20 +193,22 @@ class Periodic(NamedTuple):
     def due(self, step: chex.Numeric) -> jax.Array:
         """Tell whether ``step`` is one of the steps."""
         step = jnp.asarray(step)
-        due = (step >= self.start_at) & (step % self.update_every == 0)
+        due = (step >= self.start_at) & ((step + self.ahead) % self.update_every == 0)
         return due if self.stop_at is None else due & (step < self.stop_at)
 
     @property
     def first(self) -> int:
         """The first step, as if they never ended."""
-        return -(-self.start_at // self.update_every) * self.update_every
+        periods = -(-(self.start_at + self.ahead) // self.update_every)
+        return periods * self.update_every - self.ahead
 
     @property
     def last(self) -> int | None:
         """The last step; ``None`` where there is none or no end."""
         if self.stop_at is None or self.stop_at <= self.first:
             return None
-        return (self.stop_at - 1) // self.update_every * self.update_every
+        periods = (self.stop_at - 1 + self.ahead) // self.update_every
+        return periods * self.update_every - self.ahead
 
 
 def share(count: chex.Numeric, fraction: chex.Numeric) -> jax.Array:
@@ -186,10 +251,10 @@ def _left(step: chex.Numeric, start_at: int, stop_at: int) -> jax.Array:
     return jnp.where(step >= stop_at, 0.0, 1.0 - gone)
 
 
-def _fraction(owner: str, value: float) -> float:
+def _fraction(owner: str, value: float, name: str = "initial") -> float:
     if not 0 <= value <= 1:
         raise ValueError(
-            f"{owner}(initial=...) is a fraction and must lie in [0, 1], got {value!r}."
+            f"{owner}({name}=...) is a fraction and must lie in [0, 1], got {value!r}."
         )
     return value
 

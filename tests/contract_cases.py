@@ -38,7 +38,10 @@ class Algorithm(NamedTuple):
 
     ``build(inner, **options)``; the masks change at ``events`` alone. ``prunes``:
     they shrink from dense. ``together``: leaves share one budget. ``skips``: the
-    optimizer does not step at an event.
+    optimizer does not step at an event. ``one_fan_in``: all neurons of a leaf have it,
+    and what is left over of its budget is not used. ``surplus``: what leaves that
+    share the budgets of all hold beyond them after each event, as a fraction of all
+    weights.
     """
 
     build: Callable[..., optax.GradientTransformationExtraArgs]
@@ -47,6 +50,8 @@ class Algorithm(NamedTuple):
     together: bool = False
     skips: bool = False
     needs_gradient: bool = False
+    one_fan_in: bool = False
+    surplus: tuple[float, ...] = ()
 
 
 def _with(factory, **options):
@@ -56,14 +61,37 @@ def _with(factory, **options):
 COSINE = dict(PERIOD, drop_fraction=0.6)
 # This fraction does not end of itself where the period does.
 CONSTANT = dict(PERIOD, drop_fraction=schedules.constant_drop(0.3))
+HALF = dict(PERIOD, drop_fraction=schedules.constant_drop(0.5))
 SKIP = dict(CONSTANT, accumulate=2, step_on_update=False)
 _static, _set = sparse_optax.static, sparse_optax.set
 _rigl, _magnitude = sparse_optax.rigl, sparse_optax.magnitude
+_srigl, _chase = sparse_optax.srigl, sparse_optax.chase
+SURPLUS = 0.05
+# Without groups, which belong to one tree each: no channel is removed.
+SOFT = dict(
+    PERIOD,
+    channel_sparsity=0.0,
+    groups=(),
+    soft_extra=schedules.constant_drop(SURPLUS),
+    stop_soft_at=5,
+)
 ALGORITHMS = {
     "static": Algorithm(_with(_static), events=()),
     "set": Algorithm(_with(_set, **CONSTANT)),
     "rigl": Algorithm(_with(_rigl, **COSINE), needs_gradient=True),
     "rigl_skip": Algorithm(_with(_rigl, **SKIP), skips=True, needs_gradient=True),
+    "srigl": Algorithm(
+        # No neuron is ablated, so that the counts are known beforehand.
+        _with(_srigl, gamma=0.0, **HALF),
+        needs_gradient=True,
+        one_fan_in=True,
+    ),
+    "chase": Algorithm(
+        _with(_chase, **SOFT),
+        needs_gradient=True,
+        together=True,
+        surplus=(SURPLUS, 0.0),
+    ),
     "magnitude": Algorithm(_with(_magnitude, **PERIOD), prunes=True),
     "global": Algorithm(
         _with(_magnitude, scope="global", **PERIOD), prunes=True, together=True
@@ -75,12 +103,17 @@ def active_after(algorithm: Algorithm, layers: Layers, count: int) -> dict[str, 
     """Count the weights active after ``count`` calls, per leaf or under ``""``."""
     sizes = {path: math.prod(shape) for path, shape in layers.items()}
     kept = oracles.erk(layers, SPARSITY)
+    if algorithm.one_fan_in:
+        kept = {p: n - n % layers[p][0] for p, n in kept.items()}
+    done = [event for event in algorithm.events if event < count]
+    if algorithm.surplus:
+        extra = oracles.exact(algorithm.surplus[len(done) - 1] if done else 0.0)
+        return {"": sum(kept.values()) + math.floor(sum(sizes.values()) * extra)}
     if algorithm.together:
         sizes = {"": sum(sizes.values())}
         kept = oracles.uniform({"": (sizes[""],)}, SPARSITY)
     if not algorithm.prunes:
         return kept
-    done = [event for event in algorithm.events if event < count]
     if not done:
         return sizes
     start_at, last = PERIOD["start_at"], algorithm.events[-1]

@@ -1,6 +1,7 @@
 import fractions
 import math
 
+import chase_oracles
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -243,3 +244,102 @@ def test_the_number_to_drop_is_the_oracles(alpha, stop_at, active):
         # float32 does not know on which side of an integer a product this near lies.
         slack = 4e-7 * active
         assert math.floor(exact - slack) <= count <= math.floor(exact + slack)
+
+
+@hypothesis.given(alphas, alphas, horizons)
+def test_cosine_between_equals_the_oracle(initial, final, stop_at):
+    values = evaluate(
+        schedules.cosine_between(initial, final, stop_at), sample(stop_at)
+    )
+    expected = [
+        chase_oracles.half_cosine(initial, final, stop_at, t) for t in sample(stop_at)
+    ]
+    np.testing.assert_allclose(values, expected, rtol=0, atol=3e-7)
+    assert values[0] == np.float32(initial)
+    assert (values[[12, 14, 15]] == np.float32(final)).all()
+
+
+@pytest.mark.parametrize(
+    ("step", "density"),
+    [(0, 0.15), (1000, 0.14997), (20_000, 0.1392), (32_000, 0.1256), (64_000, 0.10003)],
+)
+def test_the_soft_bound_of_chase_on_cifar(step, density):
+    surplus = schedules.cosine_between(0.05, 0.0, stop_at=65_000)
+    np.testing.assert_allclose(0.1 + surplus(step), density, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "stop_at", "rate"),
+    [(65_000, 80_000, 0.0467), (80_000, 80_000, 0.005), (201_000, 250_200, 0.0508)],
+)
+def test_the_replacement_rate_of_chase(step, stop_at, rate):
+    replaced = schedules.cosine_between(0.5, 0.005, stop_at)
+    np.testing.assert_allclose(replaced(step), rate, rtol=0, atol=6e-5)
+
+
+# Channels, the fraction that goes, the end of removal, its period, and published
+# numbers of channels at some of its steps.
+VGG19_KEEPS = (4223, 3598, 3145, 2837, 2646, 2544, 2503, 2496)
+CHASE_RUNS = {
+    "vgg19": (
+        (4992, 0.5, 65_000),
+        8000,
+        dict(zip(range(7500, 65_000, 8000), VGG19_KEEPS, strict=True)),
+    ),
+    "resnet50_cifar": (
+        (7552, 0.5, 65_000),
+        1000,
+        {500: 7465, 1500: 7296, 20_500: 4987, 64_500: 3776},
+    ),
+    "resnet50": ((7552, 0.4, 200_160), 5004, {4504: 7352, 199_660: 4531}),
+}
+CHASE_EVENTS = {
+    "vgg19": range(7500, 65_000, 8000),
+    "resnet50_cifar": range(500, 65_000, 1000),
+    "resnet50": range(4504, 200_160, 5004),
+}
+
+
+@pytest.mark.parametrize("run", CHASE_RUNS)
+def test_channels_go_half_an_exploration_ahead(run):
+    (_, _, stop_at), remove_every, _ = CHASE_RUNS[run]
+    removals = schedules.Periodic(0, remove_every, stop_at, ahead=500)
+    events = np.flatnonzero(removals.due(np.arange(stop_at + remove_every)))
+    assert events.tolist() == list(CHASE_EVENTS[run])
+    assert (removals.first, removals.last) == (events[0], events[-1])
+    assert len(events) == {"vgg19": 8, "resnet50_cifar": 65, "resnet50": 40}[run]
+
+
+@pytest.mark.parametrize("run", CHASE_RUNS)
+def test_channels_kept_by_the_published_runs(run):
+    arguments, _, published = CHASE_RUNS[run]
+    kept = schedules.channels_kept(*arguments)
+    assert {step: int(kept(step)) for step in published} == published
+    channels, sparsity, stop_at = arguments
+    assert int(kept(0)) == channels
+    assert int(kept(stop_at)) == math.floor(channels * (1 - oracles.exact(sparsity)))
+
+
+@pytest.mark.parametrize("run", CHASE_RUNS)
+def test_channels_kept_equal_exact_arithmetic_at_every_event(run):
+    (channels, sparsity, stop_at), _, _ = CHASE_RUNS[run]
+    steps = np.arange(0, stop_at + 1, 500)
+    kept = schedules.channels_kept(channels, sparsity, stop_at)(jnp.asarray(steps))
+    assert kept.dtype == jnp.int32
+    expected = [
+        chase_oracles.channels_kept(channels, sparsity, stop_at, int(t)) for t in steps
+    ]
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_no_channel_goes_at_a_channel_sparsity_of_zero():
+    kept = schedules.channels_kept(4992, jnp.float32(0), 100)
+    assert {int(kept(t)) for t in range(102)} == {4992}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((1.5, 0.0, 10), "initial"), ((0.5, -0.1, 10), "final")]
+)
+def test_cosine_between_refuses_what_is_no_fraction(arguments, name):
+    with pytest.raises(ValueError, match=rf"cosine_between\({name}=.*\[0, 1\]"):
+        schedules.cosine_between(*arguments)

@@ -21,3 +21,6 @@ from sparsejax.compaction.optimizer import (
 from sparsejax.compaction.plan import Plan as Plan
 from sparsejax.compaction.replay import Replay as Replay
 from sparsejax.compaction.report import Report as Report
+from sparsejax.compaction.statistics import (
+    reestimate_statistics as reestimate_statistics,
+)

@@ -3,7 +3,15 @@
 Arrays in, arrays out; nothing here knows optimizers or models.
 """
 
-from sparsejax.masks import initial, layout, selection, unstructured
+from sparsejax.masks import (
+    channels,
+    coupled,
+    fan_in,
+    initial,
+    layout,
+    selection,
+    unstructured,
+)
 from sparsejax.masks.blend import blend, masked
 from sparsejax.masks.initial import random_mask, random_scores, sparse_init
 from sparsejax.masks.layout import Layout, select_leaves
@@ -12,6 +20,9 @@ from sparsejax.masks.selection import global_top_k_mask, kth_largest, top_k_mask
 __all__ = [
     "Layout",
     "blend",
+    "channels",
+    "coupled",
+    "fan_in",
     "global_top_k_mask",
     "initial",
     "kth_largest",

@@ -62,16 +62,18 @@ class Algorithm(NamedTuple):
       accumulate: None, or ``step -> (whether this gradient counts towards the next
         change, whether to start afresh afterwards)``.
       step_on_update: whether the inner optimizer steps on a call that changes masks.
+      changes_budgets: whether ``change`` returns ``(masks, budgets)``.
     """
 
     name: str
     start: Callable[[Any, jax.Array], tuple[Any, Any]]
     layout: Mapping[str, Layout] | None = None
     due: Callable[[jax.Array], jax.Array] | None = None
-    change: Callable[..., list[jax.Array]] | None = None
+    change: Callable[..., Any] | None = None
     needs_gradient: bool = False
     accumulate: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None
     step_on_update: bool = True
+    changes_budgets: bool = False
 
 
 def transformation(
@@ -134,7 +136,9 @@ def transformation(
             )
         if inner is None and algorithm.needs_gradient:
             check_gradients(f"{name}.update(grad=...)", grad, state.masks)
-        masks, accumulated, due = _next_masks(algorithm, state, params, dense, key)
+        masks, budgets, accumulated, due = _next_masks(
+            algorithm, state, params, dense, key
+        )
         inner_state = state.inner_state
         if inner is not None:
             # Slots are masked before the step and not after it: XLA fuses this, and a
@@ -155,7 +159,7 @@ def transformation(
             count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
             masks=masks,
-            budgets=state.budgets,
+            budgets=budgets,
             accumulated=accumulated,
             inner_state=inner_state,
         )
@@ -179,9 +183,9 @@ def project(
 
 
 def _next_masks(algorithm, state, params, gradients, key):
-    """Return masks, accumulated gradients, and whether masks change at this step."""
+    """Return masks, budgets, summed gradients, and whether masks change now."""
     if algorithm.due is None:
-        return state.masks, state.accumulated, None
+        return state.masks, state.budgets, state.accumulated, None
     due = algorithm.due(state.count)
     accumulated = state.accumulated
     if algorithm.accumulate is not None:
@@ -198,10 +202,15 @@ def _next_masks(algorithm, state, params, gradients, key):
     ]
     impl = None if key is None else jax.random.key_impl(key)
 
-    def change(masks, now):
+    changes_budgets = algorithm.changes_budgets
+    changing = (state.masks, state.budgets) if changes_budgets else state.masks
+    arrays, treedef = jax.tree.flatten(changing)
+
+    def change(arrays, now):
         random = jax.random.wrap_key_data(now.key, impl=impl)
         now = now._replace(key=jax.random.fold_in(random, now.step))
-        return algorithm.change(leaves, masks, now)
+        changed = algorithm.change(leaves, arrays[: len(leaves)], now)
+        return jax.tree.leaves(changed)
 
     now = Change(
         step=state.count,
@@ -212,8 +221,9 @@ def _next_masks(algorithm, state, params, gradients, key):
     )
     if algorithm.needs_gradient:
         now = now._replace(gradients=sparse_leaves(state.masks, gradients))
-    masks, treedef = jax.tree.flatten(state.masks)
-    return treedef.unflatten(change_if(due, change, masks, now)), accumulated, due
+    changed = treedef.unflatten(change_if(due, change, arrays, now))
+    masks, budgets = changed if changes_budgets else (changed, state.budgets)
+    return masks, budgets, accumulated, due
 
 
 def _mask_slots(inner, inner_state, masks):

@@ -1,4 +1,4 @@
-"""What SET and RigL share: everything but the score that growth goes by."""
+"""What algorithms share that drop a fraction of the weights now and then, and grow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from sparsejax.schedules import Periodic, Schedule, share
 from sparsejax.sparse_optax._core import Algorithm, Change, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
 
+Start = Callable[[Any, jax.Array], tuple[Any, Any]]
+Update = Callable[[Sequence[Leaf], list[jax.Array], Change, Any], list[jax.Array]]
 Grow = Callable[[Sequence[Leaf], Change], dict[str, Any]]
 
 
@@ -32,6 +34,55 @@ class Dynamic(NamedTuple):
     step_on_update: bool
     accumulate: int = 1
 
+    def request(self, name: str) -> Request:
+        """Return what is asked for of the factory ``name``, checked."""
+        return Request(
+            name, self.sparsity, self.distribution, self.where, self.layout
+        ).check()
+
+
+def dynamic_transformation(
+    name: str,
+    inner: optax.GradientTransformation | None,
+    arguments: Dynamic,
+    start: Start,
+    update: Update,
+    *,
+    needs_gradient: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Build an algorithm that changes masks by a fraction of them, periodically.
+
+    ``start`` draws masks as an `Algorithm` does. ``update`` changes them, ``(leaves,
+    masks, Change, fraction) -> masks``.
+    """
+    a = arguments
+    check_key(name, a.key)
+    period = Periodic(a.start_at, a.update_every, a.stop_at).check(name)
+    drop_fraction = _drop_schedule(name, a.drop_fraction, a.stop_at)
+    _check_accumulate(name, a.accumulate, period)
+
+    def due(step):
+        return period.due(step) & (step > 0)
+
+    def change(leaves, masks, now):
+        return update(leaves, masks, now, drop_fraction(now.step))
+
+    def accumulate(step):
+        to_go = -step % period.update_every
+        return to_go < a.accumulate, to_go == 0
+
+    algorithm = Algorithm(
+        name=name,
+        start=start,
+        layout=a.layout,
+        due=due,
+        change=change,
+        needs_gradient=needs_gradient,
+        accumulate=accumulate if a.accumulate > 1 else None,
+        step_on_update=a.step_on_update,
+    )
+    return transformation(algorithm, inner, a.key)
+
 
 def drop_and_grow_transformation(
     name: str,
@@ -42,18 +93,8 @@ def drop_and_grow_transformation(
     needs_gradient: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Build SET or RigL; ``grow`` gives the growth of `drop_and_grow_all`."""
-    a = arguments
-    request = Request(name, a.sparsity, a.distribution, a.where, a.layout).check()
-    check_key(name, a.key)
-    period = Periodic(a.start_at, a.update_every, a.stop_at).check(name)
-    drop_fraction = _drop_schedule(name, a.drop_fraction, a.stop_at)
-    _check_accumulate(name, a.accumulate, period)
 
-    def due(step):
-        return period.due(step) & (step > 0)
-
-    def change(leaves, masks, now):
-        fraction = drop_fraction(now.step)
+    def update(leaves, masks, now, fraction):
         budgets = jax.tree.leaves(now.budgets)
         return drop_and_grow_all(
             masks,
@@ -64,21 +105,14 @@ def drop_and_grow_transformation(
             axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
         )
 
-    def accumulate(step):
-        to_go = -step % period.update_every
-        return to_go < a.accumulate, to_go == 0
-
-    algorithm = Algorithm(
-        name=name,
-        start=request.draw,
-        layout=a.layout,
-        due=due,
-        change=change,
+    return dynamic_transformation(
+        name,
+        inner,
+        arguments,
+        arguments.request(name).draw,
+        update,
         needs_gradient=needs_gradient,
-        accumulate=accumulate if a.accumulate > 1 else None,
-        step_on_update=a.step_on_update,
     )
-    return transformation(algorithm, inner, a.key)
 
 
 def _drop_schedule(name, drop_fraction, stop_at) -> Schedule:

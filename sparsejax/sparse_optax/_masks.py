@@ -97,7 +97,8 @@ def reinitialize(
 ) -> optax.Params:
     """Draw the active weights of sparse leaves afresh, each for its own fan-in.
 
-    Dense leaves, and leaves whose mask is all active, keep their values.
+    Dense leaves, and leaves whose mask is all active, keep their values, and so do the
+    vectors that are masked with ablated or removed channels.
 
     Args:
       params: the parameters that ``opt_state`` was initialised with.
@@ -116,6 +117,8 @@ def reinitialize(
     layouts = layouts_of(params, layout)
 
     def redraw(path, mask, param):
+        if param.ndim < 2:
+            return masked(mask, param)
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         drawn = sparse_init(own_key, param, mask, layout=layouts[path], variant=variant)
         return jnp.where(jnp.all(mask), param, drawn)

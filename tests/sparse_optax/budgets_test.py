@@ -119,3 +119,17 @@ def test_the_global_budget_ignores_leaves(sparsity):
     size = sum(mask.size for mask in masks.values())
     active = sum(int(mask.sum()) for mask in masks.values())
     assert active == oracles.uniform({"": (size,)}, sparsity)[""]
+
+
+@pytest.mark.parametrize("factory", [sparse_optax.rigl, sparse_optax.srigl])
+def test_lists_of_more_than_ten_layers_get_masks_of_their_own_shapes(factory):
+    # As text "10" comes before "2", and "a-b" before "a/b".
+    layers = [{"kernel": jnp.ones((4 + i, 5 + i))} for i in range(12)]
+    params = {"blocks": layers, "a": {"b": jnp.ones((3, 9))}, "a-b": jnp.ones((9, 3))}
+    params["head"] = jnp.ones((16, 4))
+    tx = factory(sparsity=0.5, distribution="uniform")
+    masks = sparse_optax.get_masks(tx.init(params))
+    for mask, weight in zip(*map(jax.tree.leaves, (masks, params)), strict=True):
+        assert mask.shape == weight.shape
+        missing = weight.size // 2 - int(mask.sum())
+        assert -1 <= missing < weight.shape[-1]  # srigl leaves what no neuron shares

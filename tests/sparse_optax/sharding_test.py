@@ -14,11 +14,12 @@ from jax.sharding import AxisType, NamedSharding
 from sparsejax import sparse_optax
 from sparsejax.masks import Layout
 
+# Of many weights a neuron: what a search holds for each neuron counts little.
 LEAVES = {
-    "conv": ((3, 3, 32, 64), P(None, None, "y", "x")),
-    "fc": ((256, 80), P(("x", "y"))),
-    "out": ((80, 256), P("x", "y")),
-    "stack": ((4, 64, 72), P("x", None, "y")),
+    "conv": ((3, 3, 128, 64), P(None, None, "y", "x")),
+    "fc": ((1024, 80), P(("x", "y"))),
+    "out": ((320, 256), P("x", "y")),
+    "stack": ((4, 256, 72), P("x", None, "y")),
 }
 SMALLEST = min(math.prod(shape) for shape, _ in LEAVES.values())
 COLLECTIVE = re.compile(
