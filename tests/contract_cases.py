@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
+import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.tree_util import keystr
@@ -97,6 +98,15 @@ ALGORITHMS = {
         _with(_magnitude, scope="global", **PERIOD), prunes=True, together=True
     ),
 }
+
+
+# Those that compile longest leave some combinations to the slow tests.
+LONG = ("srigl", "chase")
+
+
+def marks(algorithm: str):
+    """Return the marks of a combination that only the slow tests need to have."""
+    return [pytest.mark.slow] if algorithm in LONG else []
 
 
 def active_after(algorithm: Algorithm, layers: Layers, count: int) -> dict[str, int]:

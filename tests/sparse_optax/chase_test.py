@@ -115,10 +115,10 @@ def run(name, channel_sparsity=0.5):
 
 RUNS = [
     ("apart", 0.5),
-    ("apart", 0.3),
-    ("apart", 0.0),
+    pytest.param("apart", 0.3, marks=pytest.mark.slow),
+    pytest.param("apart", 0.0, marks=pytest.mark.slow),
     ("together", 0.5),
-    ("once", 0.5),
+    pytest.param("once", 0.5, marks=pytest.mark.slow),
 ]
 each_run = pytest.mark.parametrize(("name", "channel_sparsity"), RUNS)
 
@@ -263,6 +263,7 @@ def test_masks_change_on_schedule_alone_and_growth_starts_from_nothing(
 # The criteria, the scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["wmm", "channel_density", "kernel_density"])
 def test_other_criteria_rank_otherwise(criterion):
     step = removals("apart")[0]
@@ -399,7 +400,7 @@ class Network(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("skip", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_trained_compacts_by_exactly_the_dead_channels(skip):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(16, 6, 6, 3)), jnp.float32)

@@ -16,7 +16,12 @@ from sparsejax import sparse_optax
 
 # Every pair of algorithm and optimizer, of algorithm and tree, of optimizer and tree.
 CASES = [
-    (algorithm, optimizer, list(TREES)[(i + j) % len(TREES)])
+    pytest.param(
+        algorithm,
+        optimizer,
+        list(TREES)[(i + j) % len(TREES)],
+        marks=contract_cases.marks(algorithm) if j % 2 else [],
+    )
     for i, algorithm in enumerate(ALGORITHMS)
     for j, optimizer in enumerate(OPTIMIZERS)
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract_cases import ALGORITHMS
+from contract_cases import ALGORITHMS, marks
 from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
@@ -114,7 +114,9 @@ def test_vmap_over_seeds_and_sparsities(algorithm):
     assert (active[0] > active[1]).all()
 
 
-@each_algorithm
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(name, marks=marks(name)) for name in ALGORITHMS]
+)
 def test_pmap(algorithm):
     tx = build(algorithm)
     mean = lambda g, _: lax.pmean(g, "devices")
@@ -139,8 +141,20 @@ def test_shard_map(algorithm):
     check_equal(jax.jit(run)(PARAMS, tx.init(PARAMS), BATCHES), algorithm)
 
 
-@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("specs", [REPLICATED, FSDP], ids=["data_parallel", "fsdp"])
+@pytest.mark.parametrize(
+    ("specs", "axis"),
+    [
+        pytest.param(FSDP, AxisType.Auto, id="fsdp-auto"),
+        pytest.param(FSDP, AxisType.Explicit, id="fsdp-explicit"),
+        pytest.param(REPLICATED, AxisType.Auto, id="data_parallel-auto"),
+        pytest.param(
+            REPLICATED,
+            AxisType.Explicit,
+            id="data_parallel-explicit",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 @each_algorithm
 def test_mesh(algorithm, specs, axis):
     tx = build(algorithm)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract_cases import ALGORITHMS
+from contract_cases import ALGORITHMS, marks
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
@@ -74,8 +74,11 @@ def same(found, asked):
     return all(x.is_equivalent_to(y.sharding, y.ndim) for x, y in pairs)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [(name, AxisType.Auto) for name in ALGORITHMS]
+    + [pytest.param(name, AxisType.Explicit, marks=marks(name)) for name in ALGORITHMS],
+)
 def test_only_counts_travel(algorithm, kind):
     algorithm, mesh = ALGORITHMS[algorithm], make_mesh(kind)
     layout = {"stack": Layout(batch=(0,))}
