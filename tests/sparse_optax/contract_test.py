@@ -20,7 +20,7 @@ CASES = [
         algorithm,
         optimizer,
         list(TREES)[(i + j) % len(TREES)],
-        marks=contract_cases.marks(algorithm) if j % 2 else [],
+        marks=contract_cases.marks(algorithm) if j % 4 else [],
     )
     for i, algorithm in enumerate(ALGORITHMS)
     for j, optimizer in enumerate(OPTIMIZERS)

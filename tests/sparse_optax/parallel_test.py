@@ -141,21 +141,34 @@ def test_shard_map(algorithm):
     check_equal(jax.jit(run)(PARAMS, tx.init(PARAMS), BATCHES), algorithm)
 
 
+MESHES = {
+    "fsdp-auto": (FSDP, AxisType.Auto),
+    "fsdp-explicit": (FSDP, AxisType.Explicit),
+    "data_parallel-auto": (REPLICATED, AxisType.Auto),
+    "data_parallel-explicit": (REPLICATED, AxisType.Explicit),
+}
+
+
+def mesh_marks(algorithm, name):
+    """Leave to the slow tests what comes last, and what compiles longest but once."""
+    if name == "data_parallel-explicit":
+        return [pytest.mark.slow]
+    return [] if name == "fsdp-auto" else marks(algorithm)
+
+
 @pytest.mark.parametrize(
-    ("specs", "axis"),
+    ("algorithm", "specs", "axis"),
     [
-        pytest.param(FSDP, AxisType.Auto, id="fsdp-auto"),
-        pytest.param(FSDP, AxisType.Explicit, id="fsdp-explicit"),
-        pytest.param(REPLICATED, AxisType.Auto, id="data_parallel-auto"),
         pytest.param(
-            REPLICATED,
-            AxisType.Explicit,
-            id="data_parallel-explicit",
-            marks=pytest.mark.slow,
-        ),
+            algorithm,
+            *mesh,
+            id=f"{algorithm}-{name}",
+            marks=mesh_marks(algorithm, name),
+        )
+        for algorithm in ALGORITHMS
+        for name, mesh in MESHES.items()
     ],
 )
-@each_algorithm
 def test_mesh(algorithm, specs, axis):
     tx = build(algorithm)
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(axis,))
