@@ -119,15 +119,18 @@ class Masked:
           live: evaluates liveness; ``interior=True`` tells what depends on the input
             from constants that differ at borders.
         """
-        pins = [(self._resolved.marks(p.atoms), p) for p in self._coupling.pins]
-        inside = live(interior=True)
+        pinned_by, pins = self._coupling.pinned_by, self._coupling.pins
+        strict = self._liveness
+        inside = strict if strict.interior else live(interior=True)
         varying, needed, consumed = map(
             self._marks,
-            (inside.varying, self._liveness.needed, self._liveness.consumed),
+            (inside.varying, strict.needed, strict.consumed),
         )
         for group, leaves in zip(grouping.groups, grouping.leaves, strict=True):
             left, reasons = self._partly[leaves], []
-            for marked, pin in pins:
+            first = pinned_by[leaves[left]]
+            for number in np.unique(first[first >= 0]):
+                marked, pin = pinned_by == number, pins[number]
                 reasons.append((marked & self._wholly, str(pin), _refuses(pin)))
                 reasons.append((marked, str(pin), False))
             for marked, what, refused in (
@@ -135,7 +138,7 @@ class Masked:
                 (needed & ~varying, "leaves a constant", False),
             ):
                 if (left & marked[leaves]).any():
-                    site = self._site(inside if refused else self._liveness, leaves)
+                    site = self._site(inside if refused else strict, leaves)
                     why = f"what is left of them {what} at {site}"
                     reasons.append((marked, why, refused))
             reasons.append((self._revived, "they make a size round or equal", False))

@@ -5,13 +5,14 @@ Every axis of every value is either fixed (None: batch, space, tokens, size one)
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 
 import numpy as np
 
 from sparsejax.compaction import rules
 from sparsejax.compaction.axes import Axes, Axis, Origin
-from sparsejax.compaction.classes import Atoms, Classes
+from sparsejax.compaction.classes import Atoms, Classes, Resolved
 from sparsejax.compaction.program import Equation, Literal, Program, Traced, Value
 
 
@@ -97,6 +98,21 @@ class Coupling:
                     self.axes[value] = [
                         axis and Axis(axis.atoms) for axis in self.axes[value]
                     ]
+
+    # What the passes after this one ask.
+
+    @functools.cached_property
+    def resolved(self) -> Resolved:
+        """The classes, which change no more once everything is labelled."""
+        return self.classes.resolve()
+
+    @functools.cached_property
+    def pinned_by(self) -> np.ndarray:
+        """Int [atoms]: for leaves that stay the number of their first pin, or -1."""
+        first = np.full(len(self.resolved.roots), -1)
+        for number in reversed(range(len(self.pins))):
+            first[self.resolved.marks(self.pins[number].atoms)] = number
+        return first
 
     # What rules ask and do.
 

@@ -75,7 +75,7 @@ def find_groups(coupling: Coupling) -> Grouping:
     Channels that one layer produces form one group, so that a concatenation of two
     layers' outputs is two groups, and heads and their dimensions are two.
     """
-    resolved = coupling.classes.resolve()
+    resolved = coupling.resolved
     columns = list(_columns(coupling, resolved))
     family = _families(columns, len(resolved.roots))
     members: dict[int, list[tuple[str, int, str, np.ndarray]]] = defaultdict(list)
@@ -83,18 +83,15 @@ def find_groups(coupling: Coupling) -> Grouping:
         of = np.where(leaves >= 0, family[leaves], -1)
         for root in np.unique(of[of >= 0]):
             members[root].append((path, axis, role, np.where(of == root, leaves, -1)))
-    pins = [(resolved.marks(pin.atoms), pin) for pin in coupling.pins]
     groups, found = [], []
     names: set[str] = set()
     for parts in members.values():
         leaves = _ordered(parts)
         channel = np.full(len(resolved.roots) + 1, -1)
         channel[leaves] = np.arange(len(leaves))
-        stays = np.zeros(len(leaves), bool)
-        why = None
-        for marked, pin in pins:
-            why = why or (str(pin) if marked[leaves].any() else None)
-            stays |= marked[leaves]
+        pinned_by = coupling.pinned_by[leaves]
+        stays = pinned_by >= 0
+        why = str(coupling.pins[pinned_by[stays].min()]) if stays.any() else None
         name = _name(parts, names)
         names.add(name)
         listed = tuple(

@@ -79,7 +79,7 @@ class Liveness:
         self.interior = interior
         self.in_body = False
         self._may_fold = fold
-        size = len(coupling.classes.resolve().roots)
+        size = len(coupling.resolved.roots)
         self.consumed, self.needed, self.varying = (
             np.zeros(size, bool) for _ in range(3)
         )

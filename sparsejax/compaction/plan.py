@@ -37,7 +37,7 @@ class Selection:
     def __init__(self, coupling: Coupling, dead: np.ndarray):
         """Select leaf atoms, ``dead`` being bool [atoms]."""
         self.coupling = coupling
-        self.resolved = coupling.classes.resolve()
+        self.resolved = coupling.resolved
         self.dead = dead
         self.revived = np.zeros_like(dead)
         self._gone = self.resolved.spread(dead)
@@ -100,12 +100,9 @@ def select(
       whole_groups: whether a grouped convolution may lose all its groups.
       equal: axes, as (path, axis), that must keep equally many indices.
     """
-    resolved = coupling.classes.resolve()
-    marks = lambda mask: resolved.marks(np.flatnonzero(mask))
+    marks = lambda mask: coupling.resolved.marks(np.flatnonzero(mask))
     dead = marks(liveness.consumed) & ~marks(liveness.needed)
-    for pin in coupling.pins:
-        dead &= ~resolved.marks(pin.atoms)
-    selection = Selection(coupling, dead)
+    selection = Selection(coupling, dead & (coupling.pinned_by < 0))
     if not whole_groups:
         for atoms in coupling.groups_of.values():
             _fill(selection, Axis(atoms), 1)

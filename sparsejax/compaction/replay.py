@@ -221,7 +221,7 @@ def transfer(coupling: Coupling, living: Living) -> Selection:
     The equations of two traces of one function, as at two batch sizes, need not match;
     its parameters do.
     """
-    resolved = coupling.classes.resolve()
+    resolved = coupling.resolved
     present, alive = (np.zeros(len(resolved.roots), bool) for _ in range(2))
     for path, axes in living.items():
         for axis, lives in zip(coupling.parameter_axes[path], axes, strict=True):
