@@ -28,8 +28,8 @@ demo: $(EXPERIMENTS) ## train sparse networks on real digits and write a report
 test: $(DEV) ## run the tests, without the slow ones, and the docstrings' examples
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-all: $(DEV) ## run every test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test-all: $(DEV) ## run every test, fully optimised
+	XLA_FLAGS="$(XLA_FLAGS)" $(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(EXPERIMENTS) ## measure mask updates and the steps between them
 	$(BIN)/python benchmarks/mask_update.py $(ARGS)

@@ -16,6 +16,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # pool has a thread per core or per device, whichever is more: any other work in it
 # then starves the collective, and the run hangs. XLA reads the size here.
 os.environ.setdefault("NPROC", str(max(2 * DEVICES, os.cpu_count() or 1)))
+# Most of a test's time is compilation, and most of that LLVM's work on kernels that run
+# a few times. XLA's own passes remain. `make test-all` compiles as users do.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
+)
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -33,7 +40,7 @@ hypothesis.settings.load_profile("sparsejax")
 def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled programs in pytest's cache, which `--cache-clear` empties.
 
-    Most of a test's time is compilation; what a run finds compiled costs a quarter.
+    What a run finds compiled costs a quarter.
     """
     cache = getattr(config, "cache", None)
     if cache is not None:
