@@ -1,8 +1,4 @@
-"""Pictures of masks, drawn on Matplotlib axes.
-
-Matplotlib is imported where a function needs axes of its own, so that the package
-works without it.
-"""
+"""Pictures of masks, drawn on Matplotlib axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +7,10 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from sparsejax.analysis import _style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_ACTIVE = "#20508a"
 
 
 def plot_mask(mask: jax.Array | np.ndarray, *, ax: "Axes | None" = None) -> "Axes":
@@ -31,7 +27,7 @@ def plot_mask(mask: jax.Array | np.ndarray, *, ax: "Axes | None" = None) -> "Axe
     Returns:
       The axes.
     """
-    ax = _axes(ax)
+    ax = _style.axes(ax)
     mask = np.asarray(mask)
     rows = mask.reshape(-1, mask.shape[-1])
     ax.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
@@ -68,7 +64,7 @@ def plot_input_connections(
             f"plot_input_connections needs a mask of {math.prod(image_shape)} rows, "
             f"one for each value of an image {tuple(image_shape)}, got {mask.shape}."
         )
-    ax = _axes(ax)
+    ax = _style.axes(ax)
     connections = mask.sum(axis=1).reshape(image_shape).sum(axis=-1)
     picture = ax.imshow(connections, cmap="Blues", vmin=0, vmax=vmax)
     ax.figure.colorbar(picture, ax=ax, label="weights at the pixel")
@@ -87,20 +83,12 @@ def plot_densities(
     Returns:
       The axes.
     """
-    ax = _axes(ax)
+    ax = _style.axes(ax)
     names, values = list(densities), list(densities.values())
-    bars = ax.barh(names, values, color=_ACTIVE)
+    bars = ax.barh(names, values, color=_style.ACTIVE)
     ax.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=3)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.3 * max(values, default=1.0))  # room for the labels
     ax.xaxis.set_major_formatter("{x:.0%}")
     ax.set_xlabel("density")
     return ax
-
-
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots()[1]
