@@ -99,8 +99,9 @@ def _add_to_bias(layer: Any, path: str, constant: np.ndarray) -> None:
         make = jax.ShapeDtypeStruct if abstract else jnp.zeros
         layer.bias, layer.use_bias = nnx.Param(make(shape, kernel.dtype)), True
     if not abstract:
-        bias = layer.bias[...]
-        layer.bias[...] = bias + jnp.asarray(constant, bias.dtype).reshape(shape)
+        bias = layer.bias.get_value()
+        # Not `bias[...] +=`, which would write into a NumPy array of the full model.
+        layer.bias.set_value(bias + jnp.asarray(constant, bias.dtype).reshape(shape))
 
 
 def foldable(model: nnx.Module) -> Callable[[str], bool]:

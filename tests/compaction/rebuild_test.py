@@ -194,6 +194,16 @@ def test_constants_go_into_every_layer_of_a_stack():
     assert small.bias.dtype == small.kernel.dtype
 
 
+def test_constants_are_not_written_into_arrays_of_the_full_model():
+    model = nnx.Dict(layer=nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    bias = np.ones(4, np.float32)
+    model.layer.bias.set_value(bias)
+    plan = Plan({}, folds={"layer/kernel": np.arange(4.0)})
+    small = rebuild(model, plan)
+    np.testing.assert_array_equal(small.layer.bias[...], 1 + np.arange(4))
+    np.testing.assert_array_equal(bias, 1)
+
+
 @pytest.mark.parametrize(
     ("make", "folds", "reason"),
     [
