@@ -21,6 +21,7 @@ from flax.training.train_state import TrainState
 from jax.tree_util import keystr
 
 from sparsejax import schedules, sparse_optax
+from sparsejax.masks import NM, Block
 
 SPARSITY = 0.6
 PERIOD = dict(start_at=3, update_every=2, stop_at=8)
@@ -42,7 +43,7 @@ class Algorithm(NamedTuple):
     optimizer does not step at an event. ``one_fan_in``: all neurons of a leaf have it,
     and what is left over of its budget is not used. ``surplus``: what leaves that
     share the budgets of all hold beyond them after each event, as a fraction of all
-    weights.
+    weights. ``pattern``: of a leaf by its path and shape.
     """
 
     build: Callable[..., optax.GradientTransformationExtraArgs]
@@ -53,6 +54,7 @@ class Algorithm(NamedTuple):
     needs_gradient: bool = False
     one_fan_in: bool = False
     surplus: tuple[float, ...] = ()
+    pattern: Callable[..., NM | Block | None] = lambda path, shape: None
 
 
 def _with(factory, **options):
@@ -76,6 +78,19 @@ SOFT = dict(
     soft_extra=schedules.constant_drop(SURPLUS),
     stop_soft_at=5,
 )
+
+
+def _groups(path, shape):
+    """Choose 1:2 where it fits; what is called so follows the sparsity asked for."""
+    fits = shape[-2] % 2 == 0 and not any(name in path for name in ("fc", "stack"))
+    return NM(1, 2) if fits else None
+
+
+def _blocks(path, shape):
+    """Choose blocks of 2 x 2 where they fit."""
+    return Block(2, 2) if shape[-1] % 2 == shape[-2] % 2 == 0 else None
+
+
 ALGORITHMS = {
     "static": Algorithm(_with(_static), events=()),
     "set": Algorithm(_with(_set, **CONSTANT)),
@@ -97,11 +112,15 @@ ALGORITHMS = {
     "global": Algorithm(
         _with(_magnitude, scope="global", **PERIOD), prunes=True, together=True
     ),
+    "rigl_groups": Algorithm(
+        _with(_rigl, pattern=_groups, **HALF), needs_gradient=True, pattern=_groups
+    ),
+    "set_blocks": Algorithm(_with(_set, pattern=_blocks, **HALF), pattern=_blocks),
 }
 
 
 # Those that compile longest leave some combinations to the slow tests.
-LONG = ("srigl", "chase")
+LONG = ("srigl", "chase", "rigl_groups", "set_blocks")
 
 
 def marks(algorithm: str):
@@ -112,7 +131,12 @@ def marks(algorithm: str):
 def active_after(algorithm: Algorithm, layers: Layers, count: int) -> dict[str, int]:
     """Count the weights active after ``count`` calls, per leaf or under ``""``."""
     sizes = {path: math.prod(shape) for path, shape in layers.items()}
-    kept = oracles.erk(layers, SPARSITY)
+    patterns = {p: algorithm.pattern(p, (*s[2:], *s[1::-1])) for p, s in layers.items()}
+    groups = {p: x for p, x in patterns.items() if isinstance(x, NM)}
+    kept = oracles.erk({p: s for p, s in layers.items() if p not in groups}, SPARSITY)
+    kept |= {p: sizes[p] // x.m * x.n for p, x in groups.items()}
+    areas = {p: x.area for p, x in patterns.items() if isinstance(x, Block)}
+    kept |= {p: max(kept[p] // area, 1) * area for p, area in areas.items()}
     if algorithm.one_fan_in:
         kept = {p: n - n % layers[p][0] for p, n in kept.items()}
     done = [event for event in algorithm.events if event < count]

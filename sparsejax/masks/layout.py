@@ -190,7 +190,7 @@ def select_leaves(
         wish = "the predicate where= is true for no floating-point leaf"
     else:
         weights = {p: x for p, x in leaves.items() if _is_weight(p, x)}
-        own = _first_match("where", dict(where or {}), weights)
+        own = first_match("where", dict(where or {}), weights)
         chosen = {p: own.get(p) for p in weights if p in own or not _is_embedding(p)}
         chosen = {p: s for p, s in chosen.items() if s != 0}
         wish = "where= leaves no weight of two or more dimensions"
@@ -241,7 +241,7 @@ def layouts_of(
       ValueError: a pattern matches nothing, or a layout does not fit its leaf.
     """
     leaves = named_leaves(params)
-    chosen = _first_match("layout", dict(overrides or {}), leaves)
+    chosen = first_match("layout", dict(overrides or {}), leaves)
     for path, leaf in leaves.items():
         if path not in chosen:
             chosen[path] = _default_layout(path, leaf.ndim, leaves)
@@ -266,7 +266,7 @@ def _default_layout(path: str, ndim: int, leaves: Mapping[str, Any]) -> Layout:
     return Layout()
 
 
-def _first_match(argument: str, patterns: dict[str, Any], paths) -> dict[str, Any]:
+def first_match(argument: str, patterns: dict[str, Any], paths) -> dict[str, Any]:
     """Map each path to the value of the first pattern found in it."""
     found = {}
     for pattern, value in patterns.items():

@@ -9,14 +9,14 @@ import optax
 from sparsejax import schedules
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where
-from sparsejax.masks.unstructured import drop_and_grow_all
+from sparsejax.masks.patterned import Patterned, Patterns, drop_and_grow_all
 from sparsejax.schedules import Periodic, Schedule, share
 from sparsejax.sparse_optax._core import Algorithm, Change, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
 
 Start = Callable[[Any, jax.Array], tuple[Any, Any]]
 Update = Callable[[Sequence[Leaf], list[jax.Array], Change, Any], list[jax.Array]]
-Grow = Callable[[Sequence[Leaf], Change], dict[str, Any]]
+Grow = Callable[[Sequence[Patterned], Change], dict[str, Any]]
 
 
 class Dynamic(NamedTuple):
@@ -33,11 +33,17 @@ class Dynamic(NamedTuple):
     stop_at: int | None
     step_on_update: bool
     accumulate: int = 1
+    pattern: Patterns = None
 
     def request(self, name: str) -> Request:
         """Return what is asked for of the factory ``name``, checked."""
         return Request(
-            name, self.sparsity, self.distribution, self.where, self.layout
+            name,
+            self.sparsity,
+            self.distribution,
+            self.where,
+            self.layout,
+            self.pattern,
         ).check()
 
 
@@ -93,23 +99,24 @@ def drop_and_grow_transformation(
     needs_gradient: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Build SET or RigL; ``grow`` gives the growth of `drop_and_grow_all`."""
+    request = arguments.request(name)
 
     def update(leaves, masks, now, fraction):
-        budgets = jax.tree.leaves(now.budgets)
+        leaves = request.patterned(leaves)
         return drop_and_grow_all(
+            leaves,
             masks,
             now.weights,
+            budgets=jax.tree.leaves(now.budgets),
+            n_drop=lambda active: share(active, fraction),
             **grow(leaves, now),
-            active=budgets,
-            n_drop=[share(budget, fraction) for budget in budgets],
-            axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
         )
 
     return dynamic_transformation(
         name,
         inner,
         arguments,
-        arguments.request(name).draw,
+        request.draw,
         update,
         needs_gradient=needs_gradient,
     )

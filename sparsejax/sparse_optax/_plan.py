@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ import numpy as np
 from sparsejax import distributions
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where, select_leaves
+from sparsejax.masks.patterned import Patterned, Patterns, patterned_leaves
+from sparsejax.masks.patterns import NM, Block
 from sparsejax.sparse_optax._trees import draw_masks, tree_at
 
 _NAMED = {"erk": distributions.erk, "uniform": distributions.uniform}
@@ -25,6 +27,7 @@ class Request(NamedTuple):
     distribution: str | Distribution
     where: Where
     layout: Mapping[str, Layout] | None
+    pattern: Patterns = None
 
     def check(self) -> "Request":
         """Return the request; raise if its values cannot be meant, naming the owner."""
@@ -36,7 +39,7 @@ class Request(NamedTuple):
             )
         if isinstance(self.where, Mapping):
             for pattern, sparsity in self.where.items():
-                _check_pattern(self.owner, "where", pattern)
+                _check_regex(self.owner, "where", pattern)
                 check_sparsity(f"{self.owner}(where={{{pattern!r}: ...}})", sparsity)
         elif self.where is not None and not callable(self.where):
             raise TypeError(
@@ -49,31 +52,70 @@ class Request(NamedTuple):
                 f"sparsejax.masks.Layout, got {type(self.layout).__name__}."
             )
         for pattern, layout in (self.layout or {}).items():
-            _check_pattern(self.owner, "layout", pattern)
+            _check_regex(self.owner, "layout", pattern)
             if not isinstance(layout, Layout):
                 raise TypeError(
                     f"{self.owner}(layout={{{pattern!r}: ...}}) must be a "
                     f"sparsejax.masks.Layout, got {type(layout).__name__}."
                 )
+        self._check_patterns()
         return self
+
+    def _check_patterns(self) -> None:
+        pattern = self.pattern
+        if isinstance(pattern, Mapping):
+            for regex, own in pattern.items():
+                _check_regex(self.owner, "pattern", regex)
+                if not isinstance(own, NM | Block | None):
+                    raise TypeError(
+                        f"{self.owner}(pattern={{{regex!r}: ...}}) must be a "
+                        "sparsejax.masks.NM, a sparsejax.masks.Block or None, got "
+                        f"{own!r}."
+                    )
+        elif not isinstance(pattern, NM | Block | None) and not callable(pattern):
+            raise TypeError(
+                f"{self.owner}(pattern=...) must be a sparsejax.masks.NM or Block, a "
+                "dict from regex to one of them, a function (path, shape) -> pattern "
+                f"or None, got {pattern!r}."
+            )
+        if isinstance(pattern, NM):
+            own = 1 - pattern.n / pattern.m
+            if not math.isclose(self.sparsity, own, abs_tol=1e-9):
+                raise ValueError(
+                    f"{self.owner}(sparsity=...) must be that of pattern={pattern}, "
+                    f"1 - {pattern.n}/{pattern.m} = {own:.6g}, got {self.sparsity!r}. "
+                    "Where other leaves are to have another sparsity, give the pattern "
+                    "to its own by a dict from regex to pattern."
+                )
 
     def leaves(self, params: Any) -> dict[str, Leaf]:
         """Return the leaves of ``params`` that are to be sparse, by path."""
         return select_leaves(params, where=self.where, layout=self.layout)
 
+    def patterned(self, leaves: Sequence[Leaf]) -> list[Patterned]:
+        """Return the leaves with their patterns."""
+        return patterned_leaves(leaves, self.pattern)
+
     def draw(self, params: Any, key: jax.Array) -> tuple[Any, Any]:
         """Return random masks and their budgets, trees like ``params``."""
         leaves = self.leaves(params)
         budgets = self.budgets(leaves)
-        return draw_masks(params, leaves, budgets, key), tree_at(params, budgets)
+        masks = draw_masks(params, self.patterned([*leaves.values()]), budgets, key)
+        return masks, tree_at(params, budgets)
 
     def budgets(self, leaves: Mapping[str, Leaf]) -> dict[str, jax.Array]:
         """Return how many weights each leaf keeps, one number for a stacked layer."""
-        shared = {p: leaf for p, leaf in leaves.items() if leaf.sparsity is None}
+        patterned = {leaf.path: leaf for leaf in self.patterned([*leaves.values()])}
+        own = {p: leaf.sparsity for p, leaf in leaves.items()}
+        for path, leaf in patterned.items():
+            if isinstance(leaf.pattern, NM):
+                self._check_own(path, leaf.pattern, own[path])
+                own[path] = 0.0  # whatever it is given, its pattern says what is kept
+        shared = {p: leaf for p, leaf in leaves.items() if own[p] is None}
         kept = {
-            path: distributions.uniform(_layers(leaf), leaf.sparsity)
-            for path, leaf in leaves.items()
-            if leaf.sparsity is not None
+            path: distributions.uniform(_layers(leaves[path]), sparsity)
+            for path, sparsity in own.items()
+            if sparsity is not None
         }
         shapes = {n: s for leaf in shared.values() for n, s in _layers(leaf).items()}
         if shapes:
@@ -83,7 +125,17 @@ class Request(NamedTuple):
             given = distribution(shapes, self.sparsity)
             self._check_given(given, shapes)
             kept |= {p: {n: given[n] for n in _layers(x)} for p, x in shared.items()}
-        return {path: _stack(leaves[path], kept[path]) for path in leaves}
+        return {
+            path: _stack(leaves[path], [leaf.budget(n) for n in kept[path].values()])
+            for path, leaf in patterned.items()
+        }
+
+    def _check_own(self, path: str, pattern: NM, sparsity: float | None) -> None:
+        if sparsity is not None:
+            raise ValueError(
+                f"{self.owner}: {pattern} says how sparse {path} is, and so does "
+                f"where={{...: {sparsity}}}. Leave one of them out for this leaf."
+            )
 
     def _check_given(self, given: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if not isinstance(given, Mapping):
@@ -112,7 +164,7 @@ def check_sparsity(what: str, sparsity: Any) -> None:
         ) from None
 
 
-def _check_pattern(owner: str, argument: str, pattern: Any) -> None:
+def _check_regex(owner: str, argument: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -135,8 +187,8 @@ def _stack_shape(leaf: Leaf) -> tuple[int, ...]:
     return tuple(leaf.shape[i] for i in leaf.layout.resolve(len(leaf.shape)).batch)
 
 
-def _stack(leaf: Leaf, kept: Mapping[str, int]) -> jax.Array:
-    return jnp.asarray(np.array([*kept.values()], np.int32).reshape(_stack_shape(leaf)))
+def _stack(leaf: Leaf, kept: Sequence[int]) -> jax.Array:
+    return jnp.asarray(np.array(kept, np.int32).reshape(_stack_shape(leaf)))
 
 
 def check_key(owner: str, key: Any) -> None:

@@ -1,13 +1,14 @@
 """Trees of masks: built, mapped over, and checked against parameters."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from sparsejax.masks.initial import auto_sharding, random_masks
-from sparsejax.masks.layout import Leaf, named_leaves
+from sparsejax.masks.initial import auto_sharding
+from sparsejax.masks.layout import named_leaves
+from sparsejax.masks.patterned import Patterned, draw_all
 
 
 def where_sparse(f: Callable, masks: Any, *trees: Any, dense: Any = ...) -> Any:
@@ -36,29 +37,27 @@ def tree_at(params: Any, values: Mapping[str, Any]) -> Any:
 
 
 def draw_masks(
-    params: Any, leaves: Mapping[str, Leaf], budgets: Mapping[str, Any], key: jax.Array
+    params: Any,
+    leaves: Sequence[Patterned],
+    budgets: Mapping[str, Any],
+    key: jax.Array,
 ) -> Any:
     """Draw a random mask for every sparse leaf, sharded as the leaf is."""
     named = named_leaves(params)
-    weights = [named[path] for path in leaves]
-    axes = tuple(x.layout.layer_axes(len(x.shape)) for x in leaves.values())
-    shardings = tuple(map(auto_sharding, weights))
-    draw = _drawer(tuple(leaves), axes, shardings)
-    masks = draw(key, weights, [budgets[path] for path in leaves])
-    return tree_at(params, dict(zip(leaves, masks, strict=True)))
+    paths = [leaf.path for leaf in leaves]
+    weights = [named[path] for path in paths]
+    draw = _drawer(tuple(leaves), tuple(map(auto_sharding, weights)))
+    masks = draw(key, weights, [budgets[path] for path in paths])
+    return tree_at(params, dict(zip(paths, masks, strict=True)))
 
 
 @functools.lru_cache(maxsize=64)
-def _drawer(names, axes, shardings):
-    """Return `random_masks` compiled for layers along ``axes``.
+def _drawer(leaves, shardings):
+    """Return `draw_all` compiled.
 
     Weights come as a list: jit would sort a dict by its keys, "10" before "2".
     """
-
-    def draw(key, weights, k):
-        named = dict(zip(names, weights, strict=True))
-        return random_masks(key, named, k, axes)
-
+    draw = lambda key, weights, budgets: draw_all(key, leaves, weights, budgets)
     if all(sharding is None for sharding in shardings):
         return jax.jit(draw)
     return jax.jit(draw, out_shardings=list(shardings))

@@ -1,5 +1,6 @@
 """Magnitude pruning: dense at first, then sparser by a cubic schedule, or at once."""
 
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,7 +10,8 @@ import optax
 
 from sparsejax.distributions import Distribution, uniform
 from sparsejax.masks.layout import Layout, Where, named_leaves
-from sparsejax.masks.unstructured import prune_all, prune_together
+from sparsejax.masks.patterned import Patterns, prune_all
+from sparsejax.masks.unstructured import prune_together
 from sparsejax.schedules import Periodic, cubic_progress, share
 from sparsejax.sparse_optax._core import Algorithm, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
@@ -24,6 +26,7 @@ def magnitude(
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
+    pattern: Patterns = None,
     key: jax.Array | None = None,
     start_at: int = 0,
     update_every: int = 100,
@@ -46,6 +49,8 @@ def magnitude(
       distribution: as in `rigl`.
       where: as in `rigl`; with "global" scope, a dict may only say 0.
       layout: as in `rigl`.
+      pattern: as in `rigl`, with "layer" scope. The schedule counts blocks, and what
+        stays of the ``m`` weights of a group: it falls from ``m`` to ``n``.
       key: PRNG key; pruning draws nothing from it.
       start_at: first step at which weights may be pruned.
       update_every: steps between updates.
@@ -70,7 +75,9 @@ def magnitude(
       >>> optax.apply_updates(params, updates)["kernel"].tolist()
       [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 7.0, 8.0]]
     """
-    request = Request("magnitude", sparsity, distribution, where, layout).check()
+    request = Request(
+        "magnitude", sparsity, distribution, where, layout, pattern
+    ).check()
     check_key("magnitude", key)
     period = Periodic(start_at, update_every, stop_at).check("magnitude")
     if scope not in ("layer", "global"):
@@ -81,6 +88,11 @@ def magnitude(
         raise ValueError(
             'magnitude(scope="global") ranks all leaves together, so where= cannot '
             f"give a leaf a sparsity of its own; use 0 or a predicate, got {where}."
+        )
+    if scope == "global" and pattern is not None:
+        raise ValueError(
+            'magnitude(scope="global") ranks the weights of all leaves together, and a '
+            f'pattern those of each: use scope="layer" with pattern={pattern}.'
         )
     last = period.last
     progress = cubic_progress(start_at, start_at if last is None else last)
@@ -102,13 +114,12 @@ def magnitude(
         return size - share(size - budget, progress(step))
 
     def change_layers(leaves, masks, now):
-        budgets = jax.tree.leaves(now.budgets)
-        sizes = [m.size // b.size for m, b in zip(masks, budgets, strict=True)]
         return prune_all(
+            request.patterned(leaves),
             masks,
             now.weights,
-            k=[left(n, b, now.step) for n, b in zip(sizes, budgets, strict=True)],
-            axes=[leaf.layout.layer_axes(len(leaf.shape)) for leaf in leaves],
+            jax.tree.leaves(now.budgets),
+            left=functools.partial(left, step=now.step),
         )
 
     def change_all(leaves, masks, now):

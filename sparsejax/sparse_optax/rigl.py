@@ -7,6 +7,7 @@ import optax
 
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where
+from sparsejax.masks.patterned import Patterns
 from sparsejax.schedules import Schedule
 from sparsejax.sparse_optax._dynamic import Dynamic, drop_and_grow_transformation
 
@@ -18,6 +19,7 @@ def rigl(
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
+    pattern: Patterns = None,
     key: jax.Array | None = None,
     drop_fraction: float | Schedule = 0.3,
     start_at: int = 0,
@@ -45,6 +47,13 @@ def rigl(
         in `sparsejax.distributions`.
       where: which leaves are sparse; see `sparsejax.masks.select_leaves`.
       layout: dict from path regex to `sparsejax.masks.Layout`.
+      pattern: `sparsejax.masks.NM` or `Block`, for all sparse leaves, or for some by a
+        dict from path regex, of which the first that is found counts, or a function
+        ``(path, shape) -> pattern``; None where weights are active by themselves. N:M
+        says itself how sparse a leaf is, which leaves the distribution; where it holds
+        for all, ``sparsity`` must agree. A layer drops its smallest weights, and each
+        group is filled up. Blocks are dropped and grown as weights are; a layer has as
+        many as fit into its share, and at least one.
       key: PRNG key of the first mask; ``jax.random.key(0)`` by default.
       drop_fraction: fraction of a layer's active weights that an update drops. A
         number falls by half a cosine to 0 at ``stop_at``, and is constant where
@@ -93,11 +102,12 @@ def rigl(
         stop_at,
         step_on_update,
         accumulate,
+        pattern,
     )
+
+    def grow(leaves, now):
+        return {"grow": [x.pool(g) for x, g in zip(leaves, now.gradients, strict=True)]}
+
     return drop_and_grow_transformation(
-        "rigl",
-        inner,
-        arguments,
-        lambda leaves, now: {"grow": now.gradients},
-        needs_gradient=True,
+        "rigl", inner, arguments, grow, needs_gradient=True
     )

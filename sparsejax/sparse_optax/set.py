@@ -8,6 +8,7 @@ import optax
 from sparsejax.distributions import Distribution
 from sparsejax.masks.initial import random_scores, random_words
 from sparsejax.masks.layout import Layout, Where
+from sparsejax.masks.patterned import Patterns
 from sparsejax.schedules import Schedule
 from sparsejax.sparse_optax._dynamic import Dynamic, drop_and_grow_transformation
 
@@ -19,6 +20,7 @@ def set(  # noqa: A001
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
+    pattern: Patterns = None,
     key: jax.Array | None = None,
     drop_fraction: float | Schedule = 0.3,
     start_at: int = 0,
@@ -38,6 +40,7 @@ def set(  # noqa: A001
       distribution: as in `rigl`.
       where: as in `rigl`.
       layout: as in `rigl`.
+      pattern: as in `rigl`; with N:M this is what the library sparsimony calls SSET.
       key: PRNG key of the first mask and of all growth; ``jax.random.key(0)`` by
         default.
       drop_fraction: as in `rigl`.
@@ -77,6 +80,7 @@ def set(  # noqa: A001
         update_every,
         stop_at,
         step_on_update,
+        pattern=pattern,
     )
 
     def grow(leaves, now):

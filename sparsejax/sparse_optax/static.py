@@ -9,6 +9,7 @@ import optax
 
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
+from sparsejax.masks.patterned import Patterns
 from sparsejax.sparse_optax._core import Algorithm, transformation
 from sparsejax.sparse_optax._plan import Request, check_key
 from sparsejax.sparse_optax._trees import check_same_leaves, tree_at
@@ -22,6 +23,7 @@ def static(
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
+    pattern: Patterns = None,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train under a fixed mask: a random one, or one that is given.
@@ -36,6 +38,7 @@ def static(
         in `sparsejax.distributions`.
       where: which leaves are sparse; see `sparsejax.masks.select_leaves`.
       layout: dict from path regex to `sparsejax.masks.Layout`.
+      pattern: as in `rigl`, for a random mask.
       key: PRNG key of the random mask; ``jax.random.key(0)`` by default.
 
     Returns:
@@ -61,14 +64,15 @@ def static(
             "static needs exactly one of sparsity=..., for a random mask, and "
             f"masks=..., got {'neither' if masks is None else 'both'}."
         )
-    if masks is not None and (distribution, where) != ("erk", None):
+    if masks is not None and (distribution, where, pattern) != ("erk", None, None):
         raise ValueError(
-            "static(masks=...) says itself which weights are active; distribution= and "
-            "where= are for a random mask. Leave them out."
+            "static(masks=...) says itself which weights are active; distribution=, "
+            "where= and pattern= are for a random mask. Leave them out."
         )
     check_key("static", key)
     if sparsity is not None:
-        start = Request("static", sparsity, distribution, where, layout).check().draw
+        request = Request("static", sparsity, distribution, where, layout, pattern)
+        start = request.check().draw
     else:
         start = _start_from(masks)
     return transformation(Algorithm("static", start), inner, key)
