@@ -36,6 +36,7 @@ MASKS = (
     "sparsejax.masks.fan_in",
     "sparsejax.masks.channels",
     "sparsejax.masks.patterns",
+    "sparsejax.masks.patterned",
 )
 FORBIDDEN = {
     "sparsejax": ("benchmarks", "configs", "experiments"),
