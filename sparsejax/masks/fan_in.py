@@ -211,23 +211,26 @@ def update_all(
     net = Network(weights, layouts)
     checked_axes(weights, masks, net.layers.axes)
 
-    active = net.layer_counts(masks)
-    nonzero = net.layer_counts([_nonzero(*pair) for pair in _zip(masks, weights)])
+    in_rows, nonzero = net.row_counts(
+        masks, [_nonzero(*pair) for pair in _zip(masks, weights)]
+    )
+    active, nonzero = net.add_rows(in_rows), net.add_rows(nonzero)
     n_keep = active - jnp.clip(n_drop(active), 0, active)
     n_keep = jnp.minimum(n_keep, nonzero)
-    candidate = (net.row_counts(masks) > 0) | revive
+    candidate = (in_rows > 0) | revive
     largest, steepest = _salient(
         net, masks, weights, gradients, candidate, n_keep, active - n_keep
     )
-    salient = net.row_counts([a | b for a, b in _zip(largest, steepest)])
+    salient, kept = net.row_counts([a | b for a, b in _zip(largest, steepest)], largest)
 
     budget = net.per_layer(budgets)
     threshold = jnp.minimum(net.per_layer(thresholds), net.clamp(salient, budget))
     live = candidate & (salient >= net.to_rows(threshold))
-    share = budget // jnp.maximum(net.rows_per_layer(live), 1)
+    share = budget // jnp.maximum(net.add_rows(live), 1)
     fan_in = jnp.where(live, net.to_rows(share), 0)
 
-    kept = _keep(net, masks, weights, largest, live, n_keep, fill=official)
+    missing = n_keep - net.add_rows(jnp.where(live, kept, 0))
+    kept = _keep(net, masks, weights, largest, live, missing, fill=official)
     new = _fill(net, masks, weights, gradients, kept, fan_in, by_index=official)
     if official:
         undo = _zip(own_layouts, new, shapes)
@@ -255,31 +258,30 @@ def _salient(net, masks, weights, gradients, candidate, n_keep, n_drop):
     return found[: len(masks)], found[len(masks) :]
 
 
-def _keep(net, masks, weights, largest, live, n_keep, *, fill):
-    """Return the ``n_keep`` largest weights of live rows.
+def _keep(net, masks, weights, largest, live, missing, *, fill):
+    """Return the largest weights of live rows, as many as had been kept of all.
 
-    The largest of all stay, and the next largest take the place of what is ablated;
-    where these run out, ``fill`` takes inactive positions.
+    The largest of all stay, and the next largest take the place of what is ablated
+    and so ``missing``; where these run out, ``fill`` takes inactive positions.
     """
     alive = net.rows.split(live)
-    kept = [mask & own for mask, own in _zip(largest, alive)]
-    missing = n_keep - net.layer_counts(kept)
 
-    def candidates(_, selected, operands):
+    def candidates(_, kept, operands):
         return [
             (masked(mask, weight), (mask | fill) & own & ~taken, mask)
-            for mask, weight, taken, own in operands
+            for (mask, weight, own), taken in _zip(operands, kept)
         ]
 
-    more = select(
+    return select(
         candidates,
         lambda *_: missing,
-        _zip(masks, weights, kept, alive),
+        _zip(masks, weights, alive),
         weights,
         net.layers.axes,
+        rounds=jnp.any(missing > 0).astype(jnp.int32),
+        start=[mask & own for mask, own in _zip(largest, alive)],
         by_magnitude=True,
     )
-    return [a | b for a, b in _zip(kept, more)]
 
 
 def _fill(net, masks, weights, gradients, kept, fan_in, *, by_index):
@@ -287,45 +289,38 @@ def _fill(net, masks, weights, gradients, kept, fan_in, *, by_index):
 
     Where more are kept they are cut to the largest or, ``by_index``, to the first.
     """
-    cut = jnp.minimum(fan_in, net.row_counts(kept))
     if by_index:
         weights = [jnp.zeros_like(weight) for weight in weights]
-    arrays = [masks, weights, gradients, kept, net.rows.split(fan_in > 0)]
-    if not net.on_mesh:  # there no copies of weights are made
-        arrays = [net.fan_in_last(x) for x in arrays]
+    (counts,) = net.row_counts(kept)
+    crowded = counts > fan_in
     dtypes = [jnp.result_type(w, g) for w, g in _zip(weights, gradients)]
     like = [jnp.zeros_like(w, dtype) for w, dtype in _zip(weights, dtypes)]
+    rows = net.rows.split(crowded), net.rows.split(fan_in > 0)
 
-    def candidates(round_, filled, arrays):
-        """Offer what is kept, then all else of live rows."""
-        keeping = round_ == 0
+    def candidates(_, filled, operands):
+        """Offer what crowded rows keep, and all that others do not keep."""
         offers = []
-        if net.on_mesh:
-            arrays = [net.fan_in_last(x) for x in arrays]
-        for mask, weight, gradient, kept, own, taken, dtype in _zip(
-            *arrays, filled, dtypes
-        ):
-            score = jnp.where(keeping, weight.astype(dtype), gradient.astype(dtype))
-            offers.append((score, jnp.where(keeping, kept, own & ~taken), mask))
+        for (mask, weight, gradient, kept, full, own), taken in _zip(operands, filled):
+            dtype = jnp.result_type(weight, gradient)
+            score = jnp.where(full, weight.astype(dtype), gradient.astype(dtype))
+            offers.append((score, jnp.where(full, kept, own) & ~taken, mask))
         return offers
 
-    filled = select(
+    return select(
         candidates,
-        lambda round_, taken: jnp.where(round_ == 0, cut, fan_in - taken),
-        arrays,
-        net.fan_in_last(like),
-        net.last_axes,
-        rounds=2,
+        lambda *_: jnp.where(crowded, fan_in, fan_in - counts),
+        _zip(masks, weights, gradients, kept, *rows),
+        like,
+        net.rows.axes,
+        start=[x & ~full for x, full in _zip(kept, rows[0])],
         by_magnitude=True,
     )
-    return net.in_place(filled)
 
 
 def _nonzero(mask, weight):
     """Return where active weights are not 0, in integers: denormals are not."""
-    zero = jnp.zeros_like(weight)
-    keys = [keys_of(x, mask, mask, by_magnitude=True) for x in (weight, zero)]
-    return keys[0] > keys[1]
+    keys = keys_of(weight, mask, mask, by_magnitude=True)
+    return keys > keys_of(jnp.zeros((), weight.dtype), None, None, by_magnitude=True)
 
 
 def _zip(*lists):

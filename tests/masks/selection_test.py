@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from sparsejax.masks import selection
+from sparsejax.masks import _search, selection
 
 SHAPE = (5, 12)
 SIZE = 60
@@ -452,3 +452,28 @@ def test_more_scores_than_int32_counts_are_refused():
         jax.eval_shape(alone, vector(2**31))
     with pytest.raises(ValueError, match="fewer than 2.*31 scores, got 2147483648"):
         jax.eval_shape(together, vector(2**30), vector(2**30))
+
+
+# The search
+
+
+@hypothesis.given(keys=st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_a_search_for_more_than_there_are_finds_none_above(keys):
+    array = np.array(keys, np.uint32)
+    count = lambda tries: [jnp.sum(array >= t, dtype=jnp.int32)[None] for t in tries]
+    found = _search.search(count, jnp.array([9]), jnp.array([7], jnp.uint32))
+    assert found.threshold == 0 and found.above == np.count_nonzero(array)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((3, 3, 37, 5), (0, 1, 2)), ((64, 7), (0,)), ((2, 34, 6), (1,)), ((5, 4), (1,))],
+)
+def test_counts_of_slices(shape, axes):
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 9, shape).astype(np.uint32)
+    wide = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    cuts = [rng.integers(0, 9, wide).astype(np.uint32) for _ in range(3)]
+    counts = _search.count_reached(jnp.asarray(keys), [*map(jnp.asarray, cuts)], axes)
+    for cut, found in zip(cuts, counts, strict=True):
+        np.testing.assert_array_equal(found, (keys >= cut).sum(axis=axes))
