@@ -6,9 +6,11 @@ All on one tree, the parameters of ResNet-50, 25.6 million of them, under SGD wi
 momentum at 80 % sparsity, and in one process: every step is compiled ahead, warmed, and
 timed in turn with the others, so that a ratio compares what the same machine did in the
 same minute. Medians are given. An update is timed as a whole step on which masks
-change, the optimizer's work included.
+change, the optimizer's work included. Chase removes channels in the same step, from
+within the blocks.
 
-With ``--peer``, the same for a checkout of google-research/jaxpruner, whose update is
+Tables are called ``mask_update``, and ``mask_update_alone`` without a peer. With
+``--peer``, the same for a checkout of google-research/jaxpruner, whose update is
 timed alone, without the step that it is part of. It calls `jax.tree_map`, which no
 longer exists; it is put back as it was.
 """
@@ -22,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -71,14 +74,48 @@ def resnet50(rng: np.random.Generator, scale: float) -> dict[str, dict[str, jax.
     return params
 
 
+def block_channels() -> list[Any]:
+    """Return the channels within the blocks, as `compaction.channel_groups` does."""
+
+    def member(path, axis, role, size):
+        indices = np.arange(size)
+        return SimpleNamespace(path=path, axis=axis, role=role, channels=indices)
+
+    found = []
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        size = 64 * 2**stage
+        for block in range(blocks):
+            for i in (1, 2):
+                name = f"stage{stage}_block{block}_conv"
+                places = (
+                    (f"{name}{i}/kernel", 3, "producer"),
+                    (f"{name}{i}_bn/scale", 0, "norm"),
+                    (f"{name}{i}_bn/bias", 0, "norm"),
+                    (f"{name}{i + 1}/kernel", 2, "consumer"),
+                )
+                group = SimpleNamespace(
+                    name=f"{name}{i}",
+                    size=size,
+                    members=[member(*place, size) for place in places],
+                    removable=np.ones(size, bool),
+                    pinned=None,
+                )
+                found.append(group)
+    return found
+
+
 def transformations(*, every_step: bool) -> dict[str, optax.GradientTransformation]:
     """Return what is measured; masks change at every step but the first, or never."""
     inner = optax.sgd(0.1, momentum=0.9)
     growing = {"update_every": 1} if every_step else {"start_at": NEVER}
     pruning = growing | {"stop_at": 1000 if every_step else 2 * NEVER}
+    removing = {"channel_sparsity": 0.3, "groups": block_channels()}
+    removing |= pruning | {"remove_every": 1}
     make = {
         "rigl": lambda: sparse_optax.rigl(inner, sparsity=SPARSITY, **growing),
         "set": lambda: sparse_optax.set(inner, sparsity=SPARSITY, **growing),
+        "srigl": lambda: sparse_optax.srigl(inner, sparsity=SPARSITY, **growing),
+        "chase": lambda: sparse_optax.chase(inner, sparsity=SPARSITY, **removing),
         "magnitude": lambda: sparse_optax.magnitude(
             inner, sparsity=SPARSITY, **pruning
         ),
@@ -142,9 +179,15 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         rows[name]["step ms"] = statistics.median(values)
         rows[name]["step / dense"] = statistics.median(values) / dense
     del idle
-    for name, tx in transformations(every_step=True).items():
-        times = time_in_turn({name: build(tx, fresh(), grads)}, rounds, 1)
-        rows[name]["update ms"] = statistics.median(times[name])
+    updates = {
+        name: build(tx, fresh(), grads)
+        for name, tx in transformations(every_step=True).items()
+    }
+    times = time_in_turn(updates, rounds, 1)
+    rigl = statistics.median(times["rigl"])
+    for name, values in times.items():
+        rows[name]["update ms"] = statistics.median(values)
+        rows[name]["update / rigl"] = statistics.median(values) / rigl
     return rows
 
 
@@ -231,6 +274,7 @@ COLUMNS = (
     "step ms",
     "step / dense",
     "update ms",
+    "update / rigl",
     "init s",
     "trace s",
     "compile s",
@@ -285,8 +329,9 @@ def main() -> None:
         figures = {"machine": machine, "sparsejax": rows, "jaxpruner": peer}
         command = "python benchmarks/mask_update.py" + " --peer PATH" * bool(peer)
         note = f"Made by `{command}`: {facts}. Medians; ResNet-50's parameters.\n"
-        (args.out / "mask_update.md").write_text(f"{note}\n{text}\n")
-        (args.out / "mask_update.json").write_text(json.dumps(figures, indent=1))
+        stem = args.out / ("mask_update" if peer else "mask_update_alone")
+        stem.with_suffix(".md").write_text(f"{note}\n{text}\n")
+        stem.with_suffix(".json").write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from configs import base
 def get_config(arg=None):
     del arg
     return base.Config(
-        dataset="cifar10",
-        augment=True,
-        model=base.Model(name="resnet", depth=8),
+        data=base.Data(name="cifar10", augment="crop"),
+        model=base.Model(name="resnet_cifar", depth=8),
         sparse=base.Sparse(sparsity=0.9),
         num_steps=2000,
         eval_every=500,

@@ -14,7 +14,7 @@ from configs import base
 def get_config(arg=None):
     del arg
     return base.Config(
-        dataset="fashion_mnist",
+        data=base.Data(name="fashion_mnist"),
         sparse=base.Sparse(sparsity=0.98),
         num_steps=10_000,
         log_every=100,

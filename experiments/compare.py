@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"These arguments are not flags: {argv[1:]}")
     config = _CONFIG.value
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.data)
     sparsities = [float(sparsity) for sparsity in _SPARSITIES.value]
     runs = []
     for method in _METHODS.value:

@@ -87,7 +87,7 @@ def train(
             losses.append(jax.device_get(loss))
             progress.update(len(loss))
     count_hits = jax.jit(every(eval_step, None))
-    parts = data.eval_batches(dataset.test, config.eval_batch_size)
+    parts = dataset.eval_batches(config.eval_batch_size)
     hits = np.sum([jax.device_get(count_hits(states, part)) for part in parts], axis=0)
     minutes = (time.perf_counter() - started) / 60
 
@@ -102,7 +102,7 @@ def train(
             "method": config.sparse.method,
             "sparsity": sparsity,
             "seed": seed,
-            "test_accuracy": float(hits[i, seed]) / len(dataset.test),
+            "test_accuracy": float(hits[i, seed]) / dataset.num_test,
             "train_loss": float(losses[i, seed]),
             **_structure([kernel[i, seed] for kernel in kernels], dataset),
             "minutes": minutes,

@@ -40,8 +40,8 @@ def table(runs: Sequence[Run]) -> str:
             (
                 f"{1 - active / size:.4%}",
                 method,
-                _percent(accuracy),
-                _percent(accuracy - reference, "+") if is_paired else "",
+                percent(accuracy),
+                percent(accuracy - reference, "+") if is_paired else "",
                 f"{column('train_loss'):.3f}",
                 f"{active:,}",
                 f"{column('pixels'):.0f}",
@@ -67,12 +67,14 @@ def table(runs: Sequence[Run]) -> str:
     )
 
 
-def _percent(values: np.ndarray, sign: str = "") -> str:
+def percent(values: np.ndarray, sign: str = "") -> str:
+    """Return the mean of shares and the half-width of its interval, in percent."""
     mean, half = seeds.mean_and_interval(100 * values)
     return f"{mean:{sign}.2f} ± {half:.2f}"
 
 
-def _fill(paragraph: str) -> str:
+def fill(paragraph: str) -> str:
+    """Return a paragraph in lines of the length that the repository has."""
     return textwrap.fill(" ".join(paragraph.split()), 88, break_on_hyphens=False)
 
 
@@ -85,12 +87,7 @@ def write(
     initial: str,
 ) -> None:
     """Write OUT.json and OUT.md; keep what OUT.md says under "Reading"."""
-    names = ("jax", "flax", "optax", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names}
     num_seeds = len({run["seed"] for run in runs})
-    o, s = config.optimizer, config.sparse
-    momentum = f", Nesterov momentum {o.momentum:g}" if o.name == "sgd" else ""
-    stop_at = round(s.stop_fraction * config.num_steps)
     hidden = "-".join(map(str, config.model.widths))
     about = f"""Means over {num_seeds} seeds with 95 % t-intervals; "minus static" is
         paired by seed, which shares its first weights, first mask and batches. Accuracy
@@ -99,25 +96,53 @@ def write(
         precedes); "on varied pixels" is the share of the first layer's weights at the
         half of the pixels that vary most. Minutes are those of a method, all its
         sparsities and seeds together."""
-    recipe = f"""Recipe of all: {config.num_steps} steps of {config.batch_size} images,
-        {o.name} at {o.learning_rate:g}{momentum}, weight decay {o.weight_decay:g},
-        {o.warmup_steps} steps of warm-up and a cosine to 0; distribution
-        {s.distribution}; first weights under a mask: {initial}; masks change every
-        {s.update_every} steps until step {stop_at}; SET and RigL drop
-        {s.drop_fraction:.0%} at first and less by a cosine. Versions:
-        {", ".join(f"{name} {version}" for name, version in versions.items())}."""
+    drops = f"""first weights under a mask: {initial}; SET and RigL drop
+        {config.sparse.drop_fraction:.0%} at first and less by a cosine."""
     sections = [
-        f"# An MLP with {hidden} hidden units on {config.dataset}",
+        f"# An MLP with {hidden} hidden units on {config.data.name}",
         f"    {command}",
         table(runs),
-        *(_fill(paragraph) for paragraph in (about, recipe)),
+        fill(about),
+        fill(f"{recipe(config)}; {drops} {versions()}"),
     ]
+    write_page(out, config, sections, runs, command)
+
+
+def recipe(config: base.Config) -> str:
+    """Say how all runs of a comparison were trained."""
+    o, s = config.optimizer, config.sparse
+    momentum = f", Nesterov momentum {o.momentum:g}" if o.name == "sgd" else ""
+    return f"""Recipe of all: {config.num_steps} steps of {config.batch_size} images,
+        {o.name} at {o.learning_rate:g}{momentum}, weight decay {o.weight_decay:g},
+        {o.warmup_steps} steps of warm-up and a cosine to 0; distribution
+        {s.distribution}; masks change every {s.update_every} steps until step
+        {round(s.stop_fraction * config.num_steps)}"""
+
+
+def versions() -> str:
+    """Say which versions of the libraries are installed."""
+    return f"Versions: {', '.join(f'{n} {v}' for n, v in _versions().items())}."
+
+
+def _versions() -> dict[str, str]:
+    names = ("jax", "flax", "optax", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def write_page(
+    out: pathlib.Path,
+    config: base.Config,
+    sections: Sequence[str],
+    runs: Sequence[Run],
+    command: str,
+) -> None:
+    """Write OUT.md of sections, and OUT.json; keep what OUT.md has under "Reading"."""
     text = "\n\n".join(sections) + "\n"
     path = out.with_suffix(".md")
     _, heading, kept = (path.read_text() if path.exists() else "").partition(_READING)
     raw = {
         "command": command,
-        "versions": versions,
+        "versions": _versions(),
         "config": dataclasses.asdict(config),
         "runs": runs,
     }

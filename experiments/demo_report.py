@@ -98,10 +98,10 @@ def write(
     device = jax.devices()[0].device_kind
     settings = json.dumps(dataclasses.asdict(config), indent=2)
     sections = [
-        f"# Sparse training on {config.dataset}",
+        f"# Sparse training on {config.data.name}",
         f"{num_seeds} networks by each method, trained side by side for "
         f"{config.num_steps:,} steps of {config.batch_size} images and tested on "
-        f"{len(dataset.test):,}. Seed by seed, methods share the first weights, the "
+        f"{dataset.num_test:,}. Seed by seed, methods share the first weights, the "
         "first masks and the order of the data; magnitude pruning starts dense.",
         table(history),
         gain(history),

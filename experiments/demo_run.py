@@ -57,7 +57,7 @@ def run(demo: Demo, workdir: str | os.PathLike) -> None:
             "choose another one with --workdir."
         )
         return
-    dataset = data.load(demo.config.dataset, demo.config.data_dir)
+    dataset = data.load(demo.config.data)
     trainings = {
         method: Trainings(demo.config_of(method), dataset, demo.num_seeds)
         for method in tqdm(METHODS, desc="weights and masks", unit="method")

@@ -47,7 +47,7 @@ def fit(
     Returns:
       The loss of every step.
     """
-    batches = data.train_batches(dataset.train, batch_size, seed=seed)
+    batches = dataset.train_batches(batch_size, seed=seed)
     losses = []
     for _ in tqdm(range(num_steps), unit="step"):
         batch = next(batches)

@@ -119,12 +119,16 @@ def write(
     """
     records = metrics.read(folder)
     last = records[-1]
-    correct = round(last["test/accuracy"] * len(dataset.test))
+    tested = [record for record in records if "test/accuracy" in record]
+    best = max(tested, key=lambda record: record["test/accuracy"])
+    correct = round(last["test/accuracy"] * dataset.num_test)
     sections = [
-        f"# {config.model.name} on {config.dataset}: {config.sparse.method}",
+        f"# {config.model.name} on {config.data.name}: {config.sparse.method}",
         f"Test accuracy **{last['test/accuracy']:.2%}** ({correct} of "
-        f"{len(dataset.test)} images) after {last['step']} steps of "
+        f"{dataset.num_test} images) after {last['step']} steps of "
         f"{config.batch_size} images, at a sparsity of {last['sparsity']:.2%}.",
+        f"The best of {len(tested)} evaluations was that of step {best['step']}, "
+        f"{best['test/accuracy']:.2%}.",
         "## Training",
         _picture(folder, "history", lambda figure: _draw_history(figure, records)),
         "## Layers",

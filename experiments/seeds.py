@@ -74,7 +74,7 @@ class Trainings:
 
         self._advance = jax.jit(advance, donate_argnums=0)
         self._evaluate = jax.jit(eval_step)
-        test = data.eval_batches(dataset.test, config.eval_batch_size)
+        test = dataset.eval_batches(config.eval_batch_size)
         self._test_batches = list(test)
         self._step = 0
         # A map compiles in half the time of a vmap, and runs but once.
@@ -122,16 +122,13 @@ def rounds(
     """Yield the batches of round after round, each array [steps, seeds, batch, ...].
 
     Args:
-      config: its `batch_size`, `augment` and `num_steps` are read.
+      config: its `batch_size` and `num_steps` are read.
       dataset: where the examples come from.
       num_seeds: as in `Trainings`.
       steps: how many a round has; the last one has what is left.
     """
     orders = [
-        data.train_batches(
-            dataset.train, config.batch_size, seed=seed, augment=config.augment
-        )
-        for seed in range(num_seeds)
+        dataset.train_batches(config.batch_size, seed=seed) for seed in range(num_seeds)
     ]
     for start in range(0, config.num_steps, steps):
         length = min(steps, config.num_steps - start)

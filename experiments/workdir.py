@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+from configs import base
+
 CONFIG_NAME = "config.json"
 
 
@@ -13,6 +15,9 @@ def claim(
     workdir: str | os.PathLike, config: Any, *, write: bool = True
 ) -> pathlib.Path:
     """Make `workdir` the folder of `config`, or find that it is.
+
+    Fields that `configs.base.MACHINE` marks may differ: they are written down, and say
+    where a run was begun.
 
     Args:
       workdir: a folder; it and its parents are made where they are missing.
@@ -31,7 +36,10 @@ def claim(
     # Through JSON, so that tuples and lists compare equal.
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
-        differences = _differences(json.loads(path.read_text()), ours)
+        theirs = json.loads(path.read_text())
+        for saved in (theirs, ours):
+            _forget_machine(saved, config)
+        differences = _differences(theirs, ours)
         if differences:
             raise ValueError(
                 f"{folder} holds a run of another config; nothing was changed. It "
@@ -51,6 +59,17 @@ def claim(
         temporary.write_text(json.dumps(ours, indent=2) + "\n")
         os.replace(temporary, path)
     return folder
+
+
+def _forget_machine(saved: dict[str, Any], config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if base.MACHINE.items() <= field.metadata.items():
+            saved.pop(field.name, None)
+        elif dataclasses.is_dataclass(value) and isinstance(
+            saved.get(field.name), dict
+        ):
+            _forget_machine(saved[field.name], value)
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:

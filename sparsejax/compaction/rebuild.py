@@ -99,7 +99,7 @@ def _add_to_bias(layer: Any, path: str, constant: np.ndarray) -> None:
         make = jax.ShapeDtypeStruct if abstract else jnp.zeros
         layer.bias, layer.use_bias = nnx.Param(make(shape, kernel.dtype)), True
     if not abstract:
-        bias = layer.bias.get_value()
+        bias = layer.bias[...]
         # Not `bias[...] +=`, which would write into a NumPy array of the full model.
         layer.bias.set_value(bias + jnp.asarray(constant, bias.dtype).reshape(shape))
 

@@ -31,7 +31,9 @@ CONFIG = base.Config(
 def train(method, sparsities, initial="variance", **changes):
     sparse = dataclasses.replace(CONFIG.sparse, method=method)
     config = dataclasses.replace(CONFIG, sparse=sparse, **changes)
-    return comparison.train(config, data.load("digits"), sparsities, 2, initial)
+    return comparison.train(
+        config, data.load(base.Data("digits")), sparsities, 2, initial
+    )
 
 
 @pytest.mark.parametrize("method", ["static", "rigl"])
@@ -68,7 +70,7 @@ def test_first_weights_are_as_asked_for():
         sparse = dataclasses.replace(CONFIG.sparse, method="static")
         config = dataclasses.replace(CONFIG, sparse=sparse)
         params, opt_state = comparison.first_states(
-            config, data.load("digits"), [0.9], 2, initial
+            config, data.load(base.Data("digits")), [0.9], 2, initial
         )
         masks = report.by_path(sparse_optax.get_masks(opt_state))
         kernel, mask = report.by_path(params)[FIRST], masks[FIRST]
@@ -89,8 +91,8 @@ def test_first_weights_are_as_asked_for():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="must be 'mlp', got 'resnet'"):
-        train("static", [0.9], model=base.Model(name="resnet"))
+    with pytest.raises(ValueError, match="must be 'mlp', got 'resnet_cifar'"):
+        train("static", [0.9], model=base.Model(name="resnet_cifar"))
     with pytest.raises(ValueError, match="multiple of log_every=20, got 50"):
         train("static", [0.9], num_steps=50)
 

@@ -88,7 +88,7 @@ def test_a_demo_says_where_everything_is(finished):
 def test_the_checkpoint_holds_the_trained_networks(finished):
     folder, _ = finished
     trainings = seeds.Trainings(
-        DEMO.config_of("rigl"), data.load("digits"), DEMO.num_seeds
+        DEMO.config_of("rigl"), data.load(base.Data("digits")), DEMO.num_seeds
     )
     loaded = ocp.load_checkpointables(
         str(folder / "checkpoint"), {"state": trainings.abstract}
@@ -115,7 +115,7 @@ def test_a_demo_ends_with_small_networks(finished):
     assert small[3] == masked[3] and small_sparse[3] == sparse[3]
     assert trained_on[:3] == small[:3]
     served = serving.load(folder / "compacted.safetensors")
-    digits = data.load("digits")
+    digits = data.load(base.Data("digits"))
     predicted = np.asarray(served(digits.normalize(digits.test.images))).argmax(-1)
     accuracy = f"{np.mean(predicted == digits.test.labels):.2%}"
     (of_file,) = (row for row in cells if row[0] == "compacted.safetensors")
@@ -128,7 +128,7 @@ def test_a_demo_ends_with_small_networks(finished):
 def test_serving_imports_no_flax(finished, monkeypatch, capfd):
     folder, _ = finished
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    compact_demo.serve(folder, data.load("digits"), seconds=0)
+    compact_demo.serve(folder, data.load(base.Data("digits")), seconds=0)
     imported = capfd.readouterr().err
     assert "sparsejax.serving" in imported
     assert "flax" not in imported

@@ -3,10 +3,11 @@ import optax
 import pytest
 from flax import nnx
 
+from configs import base
 from experiments import data, fit
 from sparsejax import models, sparse_optax
 
-DIGITS = data.load("digits")
+DIGITS = data.load(base.Data("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from configs import base
 from experiments import data, pictures
 from experiments.seeds import Round, mean_and_interval
 
@@ -55,7 +56,7 @@ def test_masks_stand_one_below_the_other():
 
 
 def test_connections_share_a_scale():
-    digits = data.load("digits")
+    digits = data.load(base.Data("digits"))
     few, many = np.eye(64, 3) > 0, np.ones((64, 5), bool)
     figure = pictures.connections(digits, {"few": few, "many": many})
     variation, *counts = [ax for ax in figure.axes if ax.get_images()]

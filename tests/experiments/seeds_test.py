@@ -17,7 +17,7 @@ CONFIG = base.Config(
     batch_size=64,
     eval_batch_size=104,
 )
-DIGITS = data.load("digits")
+DIGITS = data.load(base.Data("digits"))
 SEEDS, STEPS = 2, 4
 
 
@@ -34,7 +34,7 @@ def test_rounds_are_the_batches_of_each_seed(steps, lengths):
     assert [len(batches["label"]) for batches in rounds] == lengths
     for seed in range(SEEDS):
         for name in ("image", "label"):
-            expected = data.train_batches(DIGITS.train, CONFIG.batch_size, seed=seed)
+            expected = DIGITS.train_batches(CONFIG.batch_size, seed=seed)
             for batch in np.concatenate([batches[name][:, seed] for batches in rounds]):
                 np.testing.assert_array_equal(batch, next(expected)[name])
 
@@ -50,7 +50,7 @@ def test_a_seed_trains_as_it_would_alone(trained, seed):
         np.testing.assert_array_equal(together[seed], mask, err_msg=path)
 
     losses = []
-    batches = data.train_batches(DIGITS.train, CONFIG.batch_size, seed=seed)
+    batches = DIGITS.train_batches(CONFIG.batch_size, seed=seed)
     for _ in range(CONFIG.num_steps):
         state, metrics = train_step(state, next(batches))
         losses.append(metrics["loss"])

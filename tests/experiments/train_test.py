@@ -9,13 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
+import small_runs
 from flax import nnx
-from ml_collections import config_flags
 
 from configs import base
 from experiments import build, data, metrics, report, train
-from experiments.state import prepare
 from sparsejax import models
 
 pytestmark = pytest.mark.filterwarnings(
@@ -27,23 +25,15 @@ CONFIGS = sorted(
     p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base")
 )
 
-MLP = base.Config(
-    model=base.Model(widths=(16,)),
-    sparse=base.Sparse(sparsity=0.8, update_every=4, stop_fraction=1.0),
-    optimizer=base.Optimizer(warmup_steps=5),
-    num_steps=32,
-    batch_size=64,
-    eval_batch_size=104,
-    log_every=4,
-    eval_every=16,
-    checkpoint_every=8,
-)
-RESNET = dataclasses.replace(
-    MLP,
-    model=base.Model(name="resnet", depth=8, width=4),
+MLP = small_runs.mlp()
+# Everything that a run may have beside: norms, an average, parts of a batch.
+RESNET = small_runs.mlp(
+    model=base.Model(name="resnet_cifar", depth=8, width=8),
     optimizer=base.Optimizer(name="adamw", learning_rate=0.01, warmup_steps=5),
-    sparse=base.Sparse(method="dense"),
-    augment=True,
+    data=base.Data(augment="crop"),
+    label_smoothing=0.1,
+    ema_decay=0.9,
+    microbatches=2,
 )
 
 
@@ -75,50 +65,43 @@ def run_and_kill(config, folder, monkeypatch, *, at):
             train.train_and_evaluate(config, folder)
 
 
-def arrays(config, folder):
-    """Every array of the last checkpoint by path: all that a run consists of."""
-    path = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    dataset = data.load(config.dataset)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    training = prepare(config, dataset, device)
-    restored = train.ocp.load_checkpointables(str(path), {"state": training.abstract})
-    return report.by_path(jax.device_get(restored["state"]))
-
-
-def one_block(depth, num_classes, *, in_channels, width, shortcut, rngs):
+def one_block(num_classes, *, in_channels, width, rngs):
     """Build a network with BatchNorm that compiles in no time."""
-    del depth, shortcut
     return models.ResNet(
         (1,), (width,), num_classes, in_channels=in_channels, rngs=rngs
     )
 
 
-@pytest.mark.parametrize("config", [MLP, RESNET], ids=["mlp", "resnet"])
-def test_a_run_that_was_killed_ends_like_one_that_was_not(
-    config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(build.models, "resnet_cifar", one_block)
+def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.NETWORKS, "resnet_cifar", one_block)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    last = train.train_and_evaluate(config, whole)
+    last = train.train_and_evaluate(RESNET, whole)
 
-    run_and_kill(config, killed, monkeypatch, at=28)
+    run_and_kill(RESNET, killed, monkeypatch, at=20)
     assert not report.exists(killed)
-    half_way = arrays(config, killed)
-    assert half_way["optimizer/step"] == 24
+    half_way = small_runs.arrays(RESNET, killed)
+    assert half_way["optimizer/step"] == 16
     # What a process that was killed while it saved leaves behind.
     (killed / "checkpoints" / "32.orbax-checkpoint-tmp").mkdir()
-    assert train.train_and_evaluate(config, killed) == last
+    assert train.train_and_evaluate(RESNET, killed) == last
 
     for name in (metrics.FILE_NAME, report.FILE_NAME, "config.json", "history.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    expected, found = arrays(config, whole), arrays(config, killed)
-    assert expected.keys() == found.keys()
-    for path, array in expected.items():
-        np.testing.assert_array_equal(found[path], array, err_msg=path, strict=True)
+    small_runs.check_same(RESNET, killed, whole)
     # Masks, weights and slots moved between the checkpoint and the end.
-    for path in expected:
-        if path.endswith(("kernel", "mean")) and "budgets" not in path:
-            assert (expected[path] != half_way[path]).any(), path
+    finished = small_runs.arrays(RESNET, whole)
+    moved = {path for path, x in finished.items() if (x != half_way[path]).any()}
+    assert any("/masks/" in path for path in moved)
+    for path in finished:
+        if path.endswith(("kernel", "mean")) and not re.search("masks|budgets", path):
+            assert path in moved
+    # The average is under the masks, too, and not what it averages.
+    for path, mask in finished.items():
+        if "/masks/" in path:
+            name = path.split("/masks/")[1]
+            average, weight = (finished[f"{x}/{name}"] for x in ("average", "model"))
+            assert not average[~mask].any()
+            assert (average != weight).any()
 
 
 def test_metrics_of_a_run(finished):
@@ -140,8 +123,8 @@ def test_metrics_of_a_run(finished):
 def test_evaluation_is_the_mean_over_all_test_images(finished):
     folder, last = finished
     model, masks = train.load(MLP, folder)
-    test = data.load(MLP.dataset).test
-    logits = np.asarray(model(data.load(MLP.dataset).normalize(test.images)), float)
+    test = data.load(MLP.data).test
+    logits = np.asarray(model(data.load(MLP.data).normalize(test.images)), float)
     logits -= logits.max(axis=1, keepdims=True)
     right = logits[np.arange(len(test)), test.labels]
     losses = np.log(np.exp(logits).sum(axis=1)) - right
@@ -213,10 +196,24 @@ def test_every_method_trains(method, tmp_path):
     ("change", "message"),
     [
         ({"eval_every": 6}, "eval_every .* multiple of config.log_every, .* 4, got 6"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be a positive .*, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
         ({"batch_size": 60}, "batch_size .* number of devices, which is 8, got 60"),
         ({"eval_batch_size": 1}, "eval_batch_size .* number of devices, .* 8, got 1"),
-        ({"model": base.Model(name="vit")}, "must be 'mlp' or 'resnet', got 'vit'"),
+        ({"batch_size": 72, "microbatches": 2}, "devices times microb.* 16, got 72"),
+        ({"microbatches": 0}, "microbatches must be at least 1, got 0"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
+        ({"fsdp": 3}, "fsdp must divide the number of devices, .* 8, got 3"),
+        ({"dtype": "float16"}, "must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"model": base.Model(name="lenet")}, "must be one of .* got 'lenet'"),
+        ({"sparse": base.Sparse(initial="zero")}, "'dense', 'variance' or 'std', got"),
+        (
+            {"optimizer": base.Optimizer(decay="linear", warmup_steps=0)},
+            "must be 'cosine' or 'steps', got 'linear'",
+        ),
+        (
+            {"optimizer": base.Optimizer(decayed="biases", warmup_steps=0)},
+            r"must be one of \['kernels', 'all', 'but_norms'\], got 'biases'",
+        ),
         (
             {"optimizer": base.Optimizer(name="lion", warmup_steps=0)},
             "must be 'sgd' or 'adamw', got 'lion'",
@@ -238,66 +235,10 @@ def test_loading_needs_checkpoints(tmp_path):
         train.load(MLP, tmp_path)
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    """A function (path, *overrides) -> config, as the command line does it."""
-
-    def parse(path, *overrides):
-        arguments = ["program", f"--config={path}", *overrides]
-        monkeypatch.setattr(sys, "argv", arguments)  # where overrides are looked up
-        values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values)
-        values(arguments)
-        return holder.value
-
-    return parse
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds_and_can_be_overridden(path, parse):
-    config = parse(
-        path,
-        "--config.sparse.sparsity=0.5",
-        "--config.sparse.method=static",
-        "--config.model.widths=(7, 6)",
-        "--config.num_steps=4000",
-        "--config.data_dir=somewhere",
-    )
-    assert config.sparse.sparsity == 0.5
-    assert config.sparse.method == "static"
-    assert config.model.widths == (7, 6)
-    assert (config.num_steps, config.data_dir) == (4000, "somewhere")
-
-    config = parse(path)
-    shapes = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-    split = data.Split(
-        np.zeros((1, *shapes[config.dataset]), np.uint8), np.zeros(1, np.int32)
-    )
-    moments = np.ones(split.images.shape[-1], np.float32)
-    dataset = data.Dataset(config.dataset, split, split, 10, moments, moments)
-    train.check(config)
-    sizes = {p: a.size for p, a in report.by_path(_abstract(config, dataset)).items()}
-    assert sum(sizes.values()) > 10_000
-    assert config == parse(path)
-
-
-def _abstract(config, dataset):
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return prepare(config, dataset, device).abstract["model"]
-
-
-def test_unknown_and_ill_typed_fields_are_refused(parse):
-    path = ROOT / "configs" / "digits_rigl.py"
-    with pytest.raises(KeyError, match="sparsty not found"):
-        parse(path, "--config.sparse.sparsty=0.5")
-    with pytest.raises(flags.IllegalFlagValueError, match="num_steps=many"):
-        parse(path, "--config.num_steps=many")
-
-
 def test_the_command_line(tmp_path):
     command = [
         sys.executable,
-        "experiments/classify.py",
+        "experiments/imagenet.py",
         "--config=configs/digits_rigl.py",
         f"--workdir={tmp_path / 'run'}",
         "--config.num_steps=4",
@@ -313,6 +254,7 @@ def test_the_command_line(tmp_path):
     assert "step 4: test accuracy" in run.stdout
     assert metrics.read(tmp_path / "run")[-1]["step"] == 4
 
+    command[1] = "experiments/classify.py"
     refused = subprocess.run(
         [*command, "--config.seed=1"], cwd=ROOT, capture_output=True, text=True
     )
