@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import network_shapes
@@ -101,6 +103,25 @@ def test_batch_statistics_move_in_training_and_serve_in_evaluation(shape, shortc
     # In evaluation the logits of an image do not depend on its neighbours.
     np.testing.assert_allclose(evaluated[:2], evaluated_alone, atol=1e-4)
     assert np.abs(trained - evaluated).max() > 1e-2
+
+
+def test_a_stem_of_strides_two_halves_the_image_and_has_the_same_weights(parameters):
+    def build(strides, rngs):
+        return models.resnet_cifar(
+            8, 5, in_channels=1, width=4, stem_strides=strides, rngs=rngs
+        )
+
+    def sizes(strides):
+        model = build(strides, nnx.Rngs(0))
+        outputs = [model.stem(jnp.zeros((1, 28, 28, 1)))]
+        for block in model.blocks:
+            outputs.append(block(outputs[-1]))
+        return outputs
+
+    halved, whole = (functools.partial(build, strides) for strides in (2, 1))
+    assert parameters.count(halved) == parameters.count(whole)
+    shapes = [x.shape[1:3] for x in jax.eval_shape(lambda: sizes(2))]
+    assert shapes == [(14, 14), (14, 14), (7, 7), (4, 4)]
 
 
 def test_every_stage_but_the_first_halves_the_image():
