@@ -5,6 +5,7 @@ on from the last checkpoint and ends with the same bits as a run that was never 
 on other devices, or with other processes, with the same masks.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,8 @@ def train_and_evaluate(
     # From here on the folder is this run's: everything above was in order.
     claim(workdir, config, write=is_writer)
     checkpoints = Checkpoints(folder, keep=config.keep_checkpoints, clean_up=True)
-    with checkpoints, preemption.Watch() as watch:
+    watch = preemption.Watch()
+    with contextlib.closing(batches), checkpoints, watch:
         # State: from a checkpoint, or new.
         restored = checkpoints.restore(training.abstract, resume_from)
         start, state, notes = restored or (0, training.init(), Notes())
@@ -85,7 +87,7 @@ def train_and_evaluate(
         writer = metrics.Writer(folder, start, enabled=is_writer)
         progress = tqdm(total=config.num_steps, initial=start, disable=not is_writer)
         with writer, progress:
-            logged, logged_at = start, time.perf_counter()
+            logged, logged_at, waited = start, time.perf_counter(), batches.seconds
             for step in range(start + 1, config.num_steps + 1):
                 batch = mesh.to_devices(devices, next(batches))
                 state, step_metrics = train_step(state, batch)
@@ -99,7 +101,12 @@ def train_and_evaluate(
                         np.asarray(learning_rate(step - 1))
                     )
                     seconds = time.perf_counter() - logged_at
-                    speed = config.batch_size * (step - logged) / seconds
+                    examples = config.batch_size * (step - logged)
+                    clock = {
+                        "clock/examples_per_second": examples / seconds,
+                        # Near 1 the devices starve: give the data more workers.
+                        "clock/waiting_for_data": (batches.seconds - waited) / seconds,
+                    }
                     if step % config.eval_every == 0 or is_last:
                         test = dataset.eval_batches(
                             config.eval_batch_size, **mesh.here()
@@ -108,9 +115,10 @@ def train_and_evaluate(
                         record |= evaluate(eval_step, state, arrays)
                         record |= report.densities(training.masks(state))
                         best = _better(record, best)
-                    writer.write(record, clock={"clock/examples_per_second": speed})
+                    writer.write(record, clock=clock)
                     progress.set_postfix(report.headline(record))
                     history, logged, logged_at = [], step, time.perf_counter()
+                    waited = batches.seconds
                 must_stop = watch.must_stop(step)
                 is_due = step % config.checkpoint_every == 0 or is_last
                 if is_due or must_stop or best.get("step") == step:

@@ -1,7 +1,5 @@
-import struct
-
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from event_files import scalars
 
 from experiments import metrics
 
@@ -65,15 +63,3 @@ def test_tensorboard_gets_the_same_numbers_and_the_clock(tmp_path):
         ("speed", 20): 7.0,
     }
     assert scalars(*second).keys() == {("loss", 20), ("speed", 20)}
-
-
-def scalars(path):
-    """Read an event file: records of length, checksum, event, checksum."""
-    content, found = path.read_bytes(), {}
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        event = Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-        for value in event.summary.value:
-            found[value.tag, event.step] = value.simple_value
-    return found

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import small_runs
+from event_files import scalars
 from flax import nnx
 
 from configs import base
@@ -118,6 +119,15 @@ def test_metrics_of_a_run(finished):
     assert last["train/loss"] < lines[0]["train/loss"]
     assert last["test/accuracy"] > 0.5
     assert last["sparsity"] == pytest.approx(0.8, abs=2e-3)
+
+
+def test_tensorboard_tells_whether_the_network_waits_for_images(finished):
+    folder, _ = finished
+    (events,) = (folder / "tensorboard").iterdir()
+    shown = scalars(events)
+    for step in range(4, 33, 4):
+        assert shown["clock/examples_per_second", step] > 0
+        assert 0 < shown["clock/waiting_for_data", step] < 1
 
 
 def test_evaluation_is_the_mean_over_all_test_images(finished):
