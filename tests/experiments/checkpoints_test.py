@@ -100,6 +100,8 @@ def lose_metadata(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lose_arrays, lose_metadata])
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_one_is_refused_and_the_last_good_one_offered(saved, damage):
     damage(saved / FOLDER / "3")
     damage(saved / FOLDER / "2")

@@ -69,6 +69,8 @@ def test_sigterm_saves_the_run(whole, stopped, tmp_path):
     small_runs.check_same(CONFIG, folder, whole)
 
 
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_goes_on_from_before_a_damaged_checkpoint(whole, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
     shutil.rmtree(folder / FOLDER / "11" / "state")
