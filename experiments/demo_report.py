@@ -11,6 +11,7 @@ import numpy as np
 
 from configs import base
 from experiments import compact_demo, compact_report, data, pictures, report
+from experiments.files import replaced
 from experiments.seeds import History, mean_and_interval
 
 
@@ -130,9 +131,8 @@ def write(
         "Of RigL; the others differ in `sparse.method` alone.",
         f"```json\n{settings}\n```",
     ]
-    temporary = folder / "report.tmp"
-    temporary.write_text("\n\n".join(sections) + "\n")
-    os.replace(temporary, folder / report.FILE_NAME)
+    with replaced(folder / report.FILE_NAME) as file:
+        file.write("\n\n".join(sections) + "\n")
 
 
 def _masks(history: History, method: str) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import tensorboardX
 
+from experiments.files import replaced
+
 FILE_NAME = "metrics.jsonl"
 
 Record = dict[str, float]
@@ -92,6 +94,5 @@ def forget_after(path: pathlib.Path, step: int) -> None:
         if line.endswith("\n") and json.loads(line)["step"] <= step
     ]
     if kept != lines:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replaced(path) as file:
+            file.writelines(kept)

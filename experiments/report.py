@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from configs import base
 from experiments import data, metrics
+from experiments.files import replaced
 from sparsejax import analysis
 
 FILE_NAME = "report.md"
@@ -152,9 +152,8 @@ def write(
         sections += ["Every weight is trained."]
     settings = json.dumps(dataclasses.asdict(config), indent=2)
     sections += ["## Config", f"```json\n{settings}\n```"]
-    temporary = folder / "report.tmp"
-    temporary.write_text("\n\n".join(sections) + "\n")
-    os.replace(temporary, folder / FILE_NAME)
+    with replaced(folder / FILE_NAME) as file:
+        file.write("\n\n".join(sections) + "\n")
 
 
 def _picture(folder: pathlib.Path, name: str, draw: Callable[[Figure], None]) -> str:

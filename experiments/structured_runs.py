@@ -1,14 +1,13 @@
 """The runs of a structured comparison: each is trained once and kept in two files."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,11 @@ from tqdm import tqdm
 
 from configs import base
 from experiments import build, data
+from experiments.files import replaced
 from experiments.state import State, prepare
 from experiments.steps import evaluate, make_eval_step, make_train_step
 from experiments.workdir import claim
-from sparsejax.masks import Layout
+from sparsejax import analysis
 from sparsejax.masks.layout import named_leaves
 
 METHODS = ("dense", "static", "rigl", "srigl", "chase")
@@ -88,10 +88,10 @@ def train_missing(
             progress.set_description(name(sparse, seed))
             run, state = trainer(sparse.method).train(sparse, seed, progress.update)
             arrays = named_leaves(state["model"])
-            with _replaced(folder / f"{name(sparse, seed)}.npz") as file:
+            with replaced(folder / f"{name(sparse, seed)}.npz", "wb") as file:
                 np.savez(file, **jax.device_get(arrays))
-            with _replaced(folder / f"{name(sparse, seed)}.json") as file:
-                file.write((json.dumps(run, indent=1) + "\n").encode())
+            with replaced(folder / f"{name(sparse, seed)}.json") as file:
+                file.write(json.dumps(run, indent=1) + "\n")
 
 
 def read(
@@ -160,7 +160,10 @@ class _Trainer:
             "train_loss": float(np.mean(jax.device_get(last))),
             "active": sum(int(mask.sum()) for mask in masks.values()),
             "size": sum(mask.size for mask in masks.values()),
-            "neurons": {path: _live(mask) for path, mask in masks.items()},
+            "neurons": {
+                path: [int((counts > 0).sum()), counts.size]
+                for path, counts in analysis.fan_in(masks).items()
+            },
             "seconds": seconds,
         }
         return run, state
@@ -182,18 +185,3 @@ class _Trainer:
             masks = jax.tree.map(lambda x: np.ones(x.shape, bool), state["model"])
         named = named_leaves(jax.device_get(masks))
         return {path: mask for path, mask in named.items() if mask.ndim > 1}
-
-
-def _live(mask: np.ndarray) -> list[int]:
-    """Return how many neurons have an active weight, and how many there are."""
-    live = mask.any(axis=Layout().fan_in_axes(mask.ndim))
-    return [int(live.sum()), live.size]
-
-
-@contextlib.contextmanager
-def _replaced(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Open a file that is there whole at the end, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-    os.replace(temporary, path)

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from configs import base
+from experiments.files import replaced
 
 CONFIG_NAME = "config.json"
 
@@ -55,9 +56,8 @@ def claim(
         )
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ours, indent=2) + "\n")
-        os.replace(temporary, path)
+        with replaced(path) as file:
+            file.write(json.dumps(ours, indent=2) + "\n")
     return folder
 
 

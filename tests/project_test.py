@@ -16,9 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Lowest first: a module may import what stands before it, and nothing after it.
 PACKAGES = (
+    "sparsejax._calls",
     "sparsejax.masks",
     "sparsejax.distributions",
     "sparsejax.schedules",
+    "sparsejax._trees",
+    "sparsejax._request",
     "sparsejax.sparse_optax",
     "sparsejax.saliency",
     "sparsejax.lottery",

@@ -9,16 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-# Primitives that run what they hold once.
-_CALLS = (
-    "jit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vmap_call",
-)
+from sparsejax._calls import CALLS
 
 
 def flops(fn_or_model: Callable[..., Any], *example_inputs: Any) -> int:
@@ -83,7 +74,7 @@ def _count_equation(eqn: JaxprEqn) -> int:
     held = [_count(jaxpr) for jaxpr in jaxprs_in_params(eqn.params)]
     if not any(held):
         return 0
-    if name in _CALLS:
+    if name in CALLS:
         return sum(held)
     if name == "scan":
         return eqn.params["length"] * sum(held)

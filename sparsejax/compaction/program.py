@@ -12,19 +12,9 @@ import jax
 import numpy as np
 from jax.extend import core, source_info_util
 
+from sparsejax._calls import CALLS
 from sparsejax.masks.layout import path_name
 
-# Primitives that only call, and the parameter that holds what they call.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "composite": "jaxpr",
-    "remat2": "jaxpr",
-}
 # Primitives with bodies of their own, and the parameters that hold them.
 _BODIES = {
     "scan": ("jaxpr",),
@@ -169,8 +159,8 @@ def _inline(
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [read(var) for var in eqn.invars]
         source = _source(eqn) or caller
-        if name in _CALLS:
-            inner, inner_consts = _open(eqn.params[_CALLS[name]])
+        if name in CALLS:
+            inner, inner_consts = _open(eqn.params[CALLS[name]])
             called = dict(zip(inner.invars, inputs, strict=True))
             outputs = _inline(program, inner, inner_consts, called, source)
         else:

@@ -10,6 +10,9 @@ In a deep network the sum of all paths leaves the range of float32. Where all pa
 in one array, as between residual blocks, that array is divided by a constant. Every
 path crosses it once, so that all derivatives shrink by one factor, a power of two, and
 their order stays what it was. Inside a block nothing is divided.
+
+Functions with derivatives of their own are called like any other: ReLU's differs at 0
+alone, where all that enters is 0, and so is every score that it could change.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# Primitives that only call, and the parameter that holds what they call. Functions with
-# derivatives of their own are among them: ReLU's differs at 0 alone, where all that
-# enters is 0, and so is every score that it could change.
-_CALLS = {
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-}
+from sparsejax._calls import CALLS
 
 
 def flow(
@@ -113,8 +106,8 @@ def _equation(
 ) -> tuple[list[Any], list[bool]]:
     """Run one equation; arguments and results as those of `_run`."""
     name = eqn.primitive.name
-    if name in _CALLS:
-        return _run(eqn.params[_CALLS[name]], operands, carries, alone=alone)
+    if name in CALLS:
+        return _run(eqn.params[CALLS[name]], operands, carries, alone=alone)
     if name == "scan":
         return _scan(eqn, operands, carries, alone=alone)
     alike = name in ("add", "add_any", "min") and carries.count(True) == 1

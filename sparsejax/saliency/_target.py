@@ -3,20 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from sparsejax.distributions import Distribution, uniform
+from sparsejax._request import Request, Scope
+from sparsejax._trees import tree_at
+from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where, named_leaves
 from sparsejax.masks.selection import global_top_k_mask, top_k_masks
-from sparsejax.sparse_optax._plan import Request
-from sparsejax.sparse_optax._trees import tree_at
-
-Scope = Literal["global", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +96,12 @@ def target(
 ) -> Target:
     """Read what was asked for; arguments and errors are those of `magnitude`."""
     request = Request(owner, sparsity, distribution, where, layout).check()
-    if scope not in ("global", "layer"):
-        raise ValueError(
-            f'{owner}(scope=...) must be "global" or "layer", got {scope!r}.'
-        )
-    if scope == "global" and isinstance(where, Mapping) and any(where.values()):
-        raise ValueError(
-            f'{owner}(scope="global") ranks all leaves together, so where= cannot give '
-            f"a leaf a sparsity of its own; use 0 or a predicate, got {where}."
-        )
+    request.check_scope(scope)
     found = request.leaves(params)
     leaves = list(found.values())
     if scope == "global":
         size = sum(math.prod(leaf.shape) for leaf in leaves)
-        kept = uniform({"all": (size,)}, sparsity)["all"]
-        return Target(owner, leaves, scope, [size], [kept])
+        return Target(owner, leaves, scope, [size], [request.budget_of_all(found)])
     budgets = request.budgets(found)
     sizes = [math.prod(leaf.layout.layer_shape(leaf.shape)) for leaf in leaves]
     kept = [budgets[leaf.path] for leaf in leaves]

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
+from sparsejax._trees import check_same_leaves
 from sparsejax.masks.blend import masked
 from sparsejax.masks.layout import named_leaves
-from sparsejax.sparse_optax._trees import check_same_leaves
 
 
 def prune(params: Any, masks: Any) -> Any:

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
+from sparsejax._request import check_key
 from sparsejax.distributions import Distribution
 from sparsejax.masks.initial import random_scores, random_words
 from sparsejax.masks.layout import Layout, Where
 from sparsejax.saliency._target import Scope, target
-from sparsejax.sparse_optax._plan import check_key
 
 
 def random(

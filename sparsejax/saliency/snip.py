@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax._trees import check_same_leaves
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
 from sparsejax.saliency._losses import Loss, add_up, of_weights
 from sparsejax.saliency._target import Scope, Target, target
-from sparsejax.sparse_optax._trees import check_same_leaves
 
 
 def snip(

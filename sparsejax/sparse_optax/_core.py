@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.masks.blend import blend, masked
-from sparsejax.masks.layout import Layout, Leaf, layouts_of, named_leaves
-from sparsejax.sparse_optax._conditional import change_if
-from sparsejax.sparse_optax._trees import (
+from sparsejax._trees import (
     check_gradients,
     check_same_tree,
     sparse_leaves,
     where_sparse,
 )
+from sparsejax.masks.blend import blend, masked
+from sparsejax.masks.layout import Layout, Leaf, layouts_of, named_leaves
+from sparsejax.sparse_optax._conditional import change_if
 
 
 class SparseState(NamedTuple):

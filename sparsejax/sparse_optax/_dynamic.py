@@ -7,12 +7,12 @@ import jax
 import optax
 
 from sparsejax import schedules
+from sparsejax._request import Request, check_key
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where
 from sparsejax.masks.patterned import Patterned, Patterns, drop_and_grow_all
 from sparsejax.schedules import Periodic, Schedule, share
 from sparsejax.sparse_optax._core import Algorithm, Change, transformation
-from sparsejax.sparse_optax._plan import Request, check_key
 
 Start = Callable[[Any, jax.Array], tuple[Any, Any]]
 Update = Callable[[Sequence[Leaf], list[jax.Array], Change, Any], list[jax.Array]]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax._trees import tree_at
 from sparsejax.masks.layout import named_leaves
-from sparsejax.sparse_optax._trees import tree_at
 
 COUPLED = ("producer", "norm", "consumer")  # the members that go with a channel
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from sparsejax._request import check_key
+from sparsejax._trees import check_same_leaves
 from sparsejax.masks.blend import masked
 from sparsejax.masks.initial import sparse_init
 from sparsejax.masks.layout import Layout, layouts_of, named_leaves, path_name
 from sparsejax.sparse_optax._core import SparseState
-from sparsejax.sparse_optax._plan import check_key
-from sparsejax.sparse_optax._trees import check_same_leaves
 
 
 def get_masks(opt_state: optax.OptState) -> Any:

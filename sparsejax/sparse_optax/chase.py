@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax._request import Request, check_key, check_sparsity
 from sparsejax.distributions import Distribution
 from sparsejax.masks import channels
 from sparsejax.masks.blend import masked
@@ -30,7 +31,6 @@ from sparsejax.sparse_optax._groups import (
     prunable_groups,
     with_coupled,
 )
-from sparsejax.sparse_optax._plan import Request, check_key, check_sparsity
 
 
 class ChaseBudgets(NamedTuple):

@@ -2,27 +2,26 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.distributions import Distribution, uniform
+from sparsejax._request import Request, Scope, check_key
+from sparsejax._trees import tree_at
+from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
 from sparsejax.masks.patterned import Patterns, prune_all
 from sparsejax.masks.unstructured import prune_together
 from sparsejax.schedules import Periodic, cubic_progress, share
 from sparsejax.sparse_optax._core import Algorithm, transformation
-from sparsejax.sparse_optax._plan import Request, check_key
-from sparsejax.sparse_optax._trees import tree_at
 
 
 def magnitude(
     inner: optax.GradientTransformation | None = None,
     *,
     sparsity: float,
-    scope: Literal["layer", "global"] = "layer",
+    scope: Scope = "layer",
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
@@ -80,20 +79,7 @@ def magnitude(
     ).check()
     check_key("magnitude", key)
     period = Periodic(start_at, update_every, stop_at).check("magnitude")
-    if scope not in ("layer", "global"):
-        raise ValueError(
-            f'magnitude(scope=...) must be "layer" or "global", got {scope!r}.'
-        )
-    if scope == "global" and isinstance(where, Mapping) and any(where.values()):
-        raise ValueError(
-            'magnitude(scope="global") ranks all leaves together, so where= cannot '
-            f"give a leaf a sparsity of its own; use 0 or a predicate, got {where}."
-        )
-    if scope == "global" and pattern is not None:
-        raise ValueError(
-            'magnitude(scope="global") ranks the weights of all leaves together, and a '
-            f'pattern those of each: use scope="layer" with pattern={pattern}.'
-        )
+    request.check_scope(scope)
     last = period.last
     progress = cubic_progress(start_at, start_at if last is None else last)
 
@@ -103,9 +89,7 @@ def magnitude(
         active = {path: jnp.ones_like(named[path], dtype=bool) for path in leaves}
         if scope == "layer":
             return tree_at(params, active), tree_at(params, request.budgets(leaves))
-        size = sum(mask.size for mask in active.values())
-        kept = uniform({"all": (size,)}, sparsity)["all"]
-        return tree_at(params, active), jnp.int32(kept)
+        return tree_at(params, active), jnp.int32(request.budget_of_all(leaves))
 
     def due(step):
         return step == start_at if last is None else period.due(step)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparsejax._trees import tree_at
 from sparsejax.distributions import Distribution
 from sparsejax.masks import fan_in
 from sparsejax.masks.coupled import coupled_masks, live_channels
@@ -24,7 +25,6 @@ from sparsejax.sparse_optax._ablation import (
     protected_leaves,
 )
 from sparsejax.sparse_optax._dynamic import Dynamic, dynamic_transformation
-from sparsejax.sparse_optax._trees import tree_at
 
 
 class FanInBudgets(NamedTuple):

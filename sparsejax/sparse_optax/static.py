@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax._request import Request, check_key
+from sparsejax._trees import check_same_leaves, tree_at
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Where, named_leaves
 from sparsejax.masks.patterned import Patterns
 from sparsejax.sparse_optax._core import Algorithm, transformation
-from sparsejax.sparse_optax._plan import Request, check_key
-from sparsejax.sparse_optax._trees import check_same_leaves, tree_at
 
 
 def static(

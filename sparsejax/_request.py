@@ -3,18 +3,21 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import distributions
+from sparsejax._trees import draw_masks, tree_at
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where, select_leaves
 from sparsejax.masks.patterned import Patterned, Patterns, patterned_leaves
 from sparsejax.masks.patterns import NM, Block
-from sparsejax.sparse_optax._trees import draw_masks, tree_at
+
+# What weights are ranked with: those of their own layer, or of all sparse leaves.
+Scope = Literal["layer", "global"]
 
 _NAMED = {"erk": distributions.erk, "uniform": distributions.uniform}
 
@@ -88,6 +91,27 @@ class Request(NamedTuple):
                     "to its own by a dict from regex to pattern."
                 )
 
+    def check_scope(self, scope: Scope) -> None:
+        """Raise ValueError unless the scope is one, and fits what was asked for."""
+        if scope not in ("layer", "global"):
+            raise ValueError(
+                f'{self.owner}(scope=...) must be "layer" or "global", got {scope!r}.'
+            )
+        if scope == "layer":
+            return
+        if isinstance(self.where, Mapping) and any(self.where.values()):
+            raise ValueError(
+                f'{self.owner}(scope="global") ranks all leaves together, so where= '
+                "cannot give a leaf a sparsity of its own; use 0 or a predicate, got "
+                f"{self.where}."
+            )
+        if self.pattern is not None:
+            raise ValueError(
+                f'{self.owner}(scope="global") ranks the weights of all leaves '
+                "together, and a pattern those of each: use "
+                f'scope="layer" with pattern={self.pattern}.'
+            )
+
     def leaves(self, params: Any) -> dict[str, Leaf]:
         """Return the leaves of ``params`` that are to be sparse, by path."""
         return select_leaves(params, where=self.where, layout=self.layout)
@@ -129,6 +153,11 @@ class Request(NamedTuple):
             path: _stack(leaves[path], [leaf.budget(n) for n in kept[path].values()])
             for path, leaf in patterned.items()
         }
+
+    def budget_of_all(self, leaves: Mapping[str, Leaf]) -> int:
+        """Return how many weights all leaves keep together, with "global" scope."""
+        size = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        return distributions.uniform({"all": (size,)}, self.sparsity)["all"]
 
     def _check_own(self, path: str, pattern: NM, sparsity: float | None) -> None:
         if sparsity is not None:
