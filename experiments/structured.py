@@ -15,9 +15,11 @@ last step.
 
 Each run is written into the workdir when it is done, and the same command goes on with
 what is missing. `--shard=0/2` and `--shard=1/2` train half of the runs each, side by
-side; without it the networks are compacted and timed in the end, and what came of them
-is written: tables (OUT.md; what it says under "Reading" is kept), each run (OUT.json)
-and a picture (OUT.png). 48 runs take an hour on 2 CPU cores, the report 6 minutes.
+side, each behind `taskset -c` of its own core: the last bits depend on the number of
+threads. Without it the networks are compacted and timed in the end, and what came of
+them is written: tables (OUT.md; what it says under "Reading" is kept), each run
+(OUT.json) and a picture (OUT.png). 48 runs take an hour on 2 CPU cores, the report 6
+minutes.
 """
 
 import pathlib
