@@ -30,8 +30,14 @@ def claim(
 
     Raises:
       ValueError: where the folder holds a run of another config, or a run without
-        its config. Nothing is written then.
+        its config, or is an address. Nothing is written then.
     """
+    if "://" in os.fspath(workdir):
+        raise ValueError(
+            "workdir must be a folder that all processes see, such as a shared disk or "
+            f"a bucket mounted with gcsfuse, got {workdir!r}; mount it and pass its "
+            "path."
+        )
     folder = pathlib.Path(workdir).expanduser().resolve()
     path = folder / CONFIG_NAME
     # Through JSON, so that tuples and lists compare equal.

@@ -36,6 +36,13 @@ def test_a_folder_of_another_config_is_refused_with_the_difference(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gcsfuse, got 'gs://bucket/run'"):
+        workdir.claim("gs://bucket/run", base.Config())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_field_that_one_config_lacks_is_a_difference(tmp_path):
     workdir.claim(tmp_path, base.Config())
     path = tmp_path / workdir.CONFIG_NAME
