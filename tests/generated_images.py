@@ -1,8 +1,13 @@
 """JPEG files of all sizes and kinds that ImageNet has, and a dataset of them."""
 
+import contextlib
+import io
 import pathlib
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.photographs import photograph
 from experiments.data import prepare
@@ -37,3 +42,25 @@ def imagenet(
     # The version that tfds asks for.
     prepare.from_folder(folder / "files", "imagenet2012", folder / "tfds", "5.1.0")
     return folder / "tfds"
+
+
+@contextlib.contextmanager
+def mocked(data_dir: str | pathlib.Path) -> Iterator[None]:
+    """Let tfds make up six examples a split of what is prepared in a folder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.features import image_feature
+
+    encoder = image_feature._ImageEncoder
+    policy = tfds.testing.MockPolicy.USE_FILES
+    made_up = tfds.testing.mock_data(
+        num_examples=6, data_dir=str(data_dir), policy=policy
+    )
+    with mock.patch.object(encoder, "_encode_image", _encode), made_up:
+        yield
+
+
+def _encode(self, pixels: np.ndarray) -> bytes:
+    """Encode as tfds does, which asks TensorFlow."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, self.encoding_format)
+    return file.getvalue()

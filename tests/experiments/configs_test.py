@@ -190,14 +190,25 @@ def test_smoke(path, parse, monkeypatch, tmp_path):
         config.data.data_dir = str(generated_images.imagenet(tmp_path, 64, 40))
     else:
         monkeypatch.setattr(data, "load", fake)
-    last = train.train_and_evaluate(config, tmp_path / "run")
+    check_smoke(config, tmp_path / "run")
+
+
+def test_smoke_on_mocked_images(parse, tmp_path):
+    config = parse(f"{ROOT / 'configs' / 'imagenet_srigl_vit.py'}:smoke")
+    config.data.data_dir = str(generated_images.imagenet(tmp_path, 64, 40))
+    with generated_images.mocked(config.data.data_dir):
+        check_smoke(config, tmp_path / "run")
+
+
+def check_smoke(config, folder):
+    last = train.train_and_evaluate(config, folder)
     assert last["step"] == config.num_steps == 8
     assert np.isfinite(last["train/loss"]) and np.isfinite(last["test/loss"])
     # Where so many channels go at once, Chase finds no room for all of its weights.
     live = 1 - config.sparse.channel_sparsity
     most = 1 - live**2 if config.sparse.method == "chase" else 0.5
     assert 0.48 < last["sparsity"] < most + 0.03
-    model, _ = train.load(config, tmp_path / "run", best=True)
+    model, _ = train.load(config, folder, best=True)
     assert not [x for x in jax.tree.leaves(nnx.state(model)) if isnan(x)]
 
 

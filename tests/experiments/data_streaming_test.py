@@ -1,11 +1,8 @@
-import contextlib
 import dataclasses
-import io
 import pathlib
 import pickle
 import shutil
 import time
-from unittest import mock
 
 import generated_images
 import numpy as np
@@ -238,28 +235,8 @@ def test_a_damaged_image_is_named(config, damage):
         next(dataset.train_batches(4, seed=0))
 
 
-def _encode(self, pixels):
-    """Encode as tfds does, which asks TensorFlow."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, self.encoding_format)
-    return file.getvalue()
-
-
-@contextlib.contextmanager
-def mock_data(data_dir):
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.features import image_feature
-
-    encoder = image_feature._ImageEncoder
-    mocked = tfds.testing.mock_data(
-        num_examples=6, data_dir=data_dir, policy=tfds.testing.MockPolicy.USE_FILES
-    )
-    with mock.patch.object(encoder, "_encode_image", _encode), mocked:
-        yield
-
-
 def test_mocked_imagenet(config):
-    with mock_data(config.data_dir):
+    with generated_images.mocked(config.data_dir):
         dataset = data.load(config)
         assert dataset.num_train == dataset.num_test == 6
         batch = next(dataset.train_batches(8, seed=0))
@@ -271,7 +248,7 @@ def test_mocked_imagenet(config):
 def test_mocked_cifar10(small):
     # Another folder than in other tests: what is in memory is kept by folder.
     small = dataclasses.replace(small, train_split="train[:100%]", augment="crop")
-    with mock_data(small.data_dir):
+    with generated_images.mocked(small.data_dir):
         dataset = data.load(small)
         assert dataset.num_train == 6
         assert next(dataset.train_batches(4, seed=0))["image"].shape == (4, 32, 32, 3)
