@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from experiments.metrics import Record
-from experiments.report import by_path
+from sparsejax.masks.layout import named_leaves
 
 FOLDER = "checkpoints"
 
@@ -179,7 +179,9 @@ class Checkpoints:
 
 def checksums(state: Any) -> dict[str, int]:
     """Return the sum of the bits of each array as integers, the same on any mesh."""
-    return {path: int(x) for path, x in by_path(jax.device_get(_sums(state))).items()}
+    return {
+        path: int(x) for path, x in named_leaves(jax.device_get(_sums(state))).items()
+    }
 
 
 @jax.jit
@@ -202,7 +204,10 @@ def _without_key(x: jax.Array) -> jax.Array:
 def _check_same(saved: Any, abstract: Any) -> None:
     """Raise ValueError unless a checkpoint has the arrays that are asked for."""
     asked_for = jax.tree.map(lambda x: jax.eval_shape(_without_key, x), abstract)
-    theirs, ours = by_path(getattr(saved, "pytree", saved)), by_path(asked_for)
+    theirs, ours = (
+        named_leaves(getattr(saved, "pytree", saved)),
+        named_leaves(asked_for),
+    )
     for path in sorted({*theirs, *ours}):
         there, asked = (
             f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "nothing"

@@ -13,6 +13,7 @@ from configs import base
 from experiments import compact_demo, compact_report, data, pictures, report
 from experiments.files import replaced
 from experiments.seeds import History, mean_and_interval
+from sparsejax.masks.layout import named_leaves
 
 
 def table(history: History) -> str:
@@ -75,8 +76,7 @@ def write(
     last_masks = history["rigl"][-1].masks
     num_seeds = len(history["rigl"][-1].accuracies)
     first, last = (
-        next(iter(report.by_path(masks).values()))
-        for masks in (first_masks, last_masks)
+        next(iter(named_leaves(masks).values())) for masks in (first_masks, last_masks)
     )
     together = lambda mask: np.concatenate(list(mask), axis=-1)
     figures = {
@@ -136,4 +136,4 @@ def write(
 
 
 def _masks(history: History, method: str) -> dict[str, np.ndarray]:
-    return report.by_path(history[method][-1].masks)
+    return named_leaves(history[method][-1].masks)

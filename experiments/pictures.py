@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments import data, report
 from experiments.seeds import History, Round, mean_and_interval
 from sparsejax import analysis
+from sparsejax.masks.layout import named_leaves
 
 # From dark to light, so that lines differ in grey too.
 _LINES = {
@@ -65,18 +66,18 @@ def layers(pruned: Sequence[Round], moved: Sequence[Round], first_masks: Any) ->
         ax.grid(alpha=0.3)
         ax.yaxis.set_major_formatter("{x:.0%}")
 
-    after = [report.by_path(done.masks) for done in moved]
+    after = [named_leaves(done.masks) for done in moved]
     analysis.plot_densities(jax.tree.map(np.mean, after[-1]), ax=at_the_end)
     at_the_end.set_title("rigl: density at the end")
 
     densities = [
-        {"step": done.step, **jax.tree.map(np.mean, report.by_path(done.masks))}
+        {"step": done.step, **jax.tree.map(np.mean, named_leaves(done.masks))}
         for done in pruned
     ]
     report.plot_history(densities, list(after[-1]), ax=over_time)
     over_time.set_title("magnitude: density over time")
 
-    before = [report.by_path(first_masks), *after[:-1]]
+    before = [named_leaves(first_masks), *after[:-1]]
     new = [
         {"step": done.step, **jax.tree.map(_new, old, now)}
         for done, old, now in zip(moved, before, after, strict=True)

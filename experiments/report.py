@@ -16,6 +16,7 @@ from configs import base
 from experiments import data, metrics
 from experiments.files import replaced
 from sparsejax import analysis
+from sparsejax.masks.layout import named_leaves
 
 FILE_NAME = "report.md"
 
@@ -30,22 +31,14 @@ def _count_active(masks: Any) -> Any:
     return jax.tree.map(jnp.sum, masks)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their path, such as "layers/0/kernel"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def densities(masks: Any) -> metrics.Record:
     """Return `density/<path>` of every mask, and `sparsity` of all together.
 
     Args:
       masks: bool arrays, None where a leaf is dense.
     """
-    active = by_path(jax.device_get(_count_active(masks)))
-    sizes = {path: mask.size for path, mask in by_path(masks).items()}
+    active = named_leaves(jax.device_get(_count_active(masks)))
+    sizes = {path: mask.size for path, mask in named_leaves(masks).items()}
     total = sum(sizes.values())
     sparsity = 1 - sum(map(int, active.values())) / total if total else 0.0
     each = {f"density/{path}": int(active[path]) / sizes[path] for path in sizes}
@@ -77,10 +70,10 @@ def _cells(column: Sequence[Any]) -> list[str]:
 
 def layer_table(masks: Any) -> str:
     """Return a Markdown table, one line for each masked parameter and one for all."""
-    active = by_path(jax.device_get(_count_active(masks)))
+    active = named_leaves(jax.device_get(_count_active(masks)))
     rows = [
         (path, "x".join(map(str, mask.shape)), mask.size, int(active[path]))
-        for path, mask in by_path(masks).items()
+        for path, mask in named_leaves(masks).items()
     ]
     rows.append(("together", "", sum(r[2] for r in rows), sum(r[3] for r in rows)))
     return markdown_table(
@@ -133,7 +126,7 @@ def write(
         _picture(folder, "history", lambda figure: _draw_history(figure, records)),
         "## Layers",
     ]
-    if by_path(last_masks):
+    if named_leaves(last_masks):
         sections += [
             layer_table(last_masks),
             _picture(
@@ -184,7 +177,7 @@ def _draw_masks(
     figure: Figure, image_shape: Sequence[int], first_masks: Any, last_masks: Any
 ) -> None:
     """Draw the first layer that is sparse, and how often it looks at each pixel."""
-    first, last = by_path(first_masks), by_path(last_masks)
+    first, last = named_leaves(first_masks), named_leaves(last_masks)
     path = next((p for p in last if not np.asarray(last[p]).all()), next(iter(last)))
     masks = [np.asarray(first[path]), np.asarray(last[path])]
     sees_image = masks[0].shape[:-1] == (np.prod(image_shape),)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments import data, mesh, metrics, preemption, report
+from experiments import data, mesh, metrics, preemption
 from experiments.checkpoints import Checkpoints
 from experiments.state import prepare
+from sparsejax.masks.layout import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def arrays(config, folder, step=None):
     training = prepare(config, data.load(config.data), device)
     with Checkpoints(folder) as checkpoints:
         _, state, _ = checkpoints.restore(training.abstract, step)
-    return report.by_path(jax.device_get(state))
+    return named_leaves(jax.device_get(state))
 
 
 def check_same(config, found, expected):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments import comparison, comparison_report, data, report
+from experiments import comparison, comparison_report, data
 from sparsejax import distributions, sparse_optax
+from sparsejax.masks.layout import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = ((64, 64), (64, 32), (32, 10))
@@ -72,8 +73,8 @@ def test_first_weights_are_as_asked_for():
         params, opt_state = comparison.first_states(
             config, data.load(base.Data("digits")), [0.9], 2, initial
         )
-        masks = report.by_path(sparse_optax.get_masks(opt_state))
-        kernel, mask = report.by_path(params)[FIRST], masks[FIRST]
+        masks = named_leaves(sparse_optax.get_masks(opt_state))
+        kernel, mask = named_leaves(params)[FIRST], masks[FIRST]
         assert kernel.shape == mask.shape == (1, 2, *SHAPES[0])
         assert bool(((kernel != 0) == mask).all())
         # By their own fan-in, active weights in all have mean squares of 2 / fan-in.

@@ -14,8 +14,9 @@ from flax import nnx
 from ml_collections import config_flags
 
 from configs import base, recipes
-from experiments import build, data, report, train
+from experiments import build, data, train
 from experiments.state import prepare
+from sparsejax.masks.layout import named_leaves
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the load_module:DeprecationWarning"  # called by ml_collections
@@ -120,7 +121,7 @@ def test_the_networks_and_schedules_are_those_of_the_papers(
     static = dataclasses.replace(config.sparse, method="static")
     config = dataclasses.replace(config, sparse=static)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = report.by_path(prepare(config, fake(config.data), device).abstract)
+    abstract = named_leaves(prepare(config, fake(config.data), device).abstract)
     masks = [leaf for path, leaf in abstract.items() if "/masks/" in path]
     assert sum(mask.size for mask in masks) == sparse
     statistics = ("mean", "var", "count", "key")
@@ -165,7 +166,7 @@ def test_what_decays(decayed, expected):
     tx = build.optimizer(config, key=jax.random.key(0))
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
-    moved = {p for p, x in report.by_path(updates).items() if np.asarray(x).any()}
+    moved = {p for p, x in named_leaves(updates).items() if np.asarray(x).any()}
     assert {path.split("/")[1] for path in moved} == expected
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments import data, report, seeds
+from experiments import data, seeds
 from experiments.state import prepare
 from experiments.train import make_train_step
+from sparsejax.masks.layout import named_leaves
 
 CONFIG = base.Config(
     model=base.Model(widths=(12,)),
@@ -45,8 +46,8 @@ def test_a_seed_trains_as_it_would_alone(trained, seed):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     alone = prepare(dataclasses.replace(CONFIG, seed=seed), DIGITS, device)
     state, train_step = alone.init(), make_train_step(alone, DIGITS)
-    for path, mask in report.by_path(alone.masks(state)).items():
-        together = report.by_path(trainings.first_masks)[path]
+    for path, mask in named_leaves(alone.masks(state)).items():
+        together = named_leaves(trainings.first_masks)[path]
         np.testing.assert_array_equal(together[seed], mask, err_msg=path)
 
     losses = []
@@ -56,16 +57,16 @@ def test_a_seed_trains_as_it_would_alone(trained, seed):
         losses.append(metrics["loss"])
     together = np.concatenate([done.losses[:, seed] for done in rounds])
     np.testing.assert_allclose(together, losses, rtol=1e-3)
-    for path, mask in report.by_path(alone.masks(state)).items():
+    for path, mask in named_leaves(alone.masks(state)).items():
         np.testing.assert_array_equal(
-            report.by_path(rounds[-1].masks)[path][seed], mask, err_msg=path
+            named_leaves(rounds[-1].masks)[path][seed], mask, err_msg=path
         )
 
 
 def test_seeds_differ_and_masks_move(trained):
     trainings, rounds = trained
-    first = report.by_path(trainings.first_masks)
-    for path, mask in report.by_path(rounds[-1].masks).items():
+    first = named_leaves(trainings.first_masks)
+    for path, mask in named_leaves(rounds[-1].masks).items():
         assert (mask[0] != mask[1]).any(), path
         assert (mask != first[path]).any(), path
         np.testing.assert_array_equal(mask.sum((1, 2)), first[path].sum((1, 2)))

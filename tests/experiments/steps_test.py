@@ -11,9 +11,10 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from configs import base
-from experiments import build, data, report
+from experiments import build, data
 from experiments.state import prepare
 from experiments.steps import cross_entropy, follow, hits, make_train_step, split_batch
+from sparsejax.masks.layout import named_leaves
 
 DIGITS = data.load(base.Data())
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -58,7 +59,7 @@ def steps(microbatches):
     for _ in range(3):
         state, metrics = step(state, next(batches))
         values.append(jax.tree.map(float, metrics))
-    return report.by_path(jax.device_get(state)), values
+    return named_leaves(jax.device_get(state)), values
 
 
 def test_parts_of_a_batch_make_the_step_of_the_batch():
@@ -101,7 +102,7 @@ def test_the_average_follows_the_model():
 def test_layers_compute_in_bfloat16_and_weights_stay_in_float32(model):
     config = dataclasses.replace(small_runs.mlp(), model=model, dtype="bfloat16")
     training = prepare(config, DIGITS, DEVICE)
-    weights = report.by_path(training.abstract["model"])
+    weights = named_leaves(training.abstract["model"])
     assert {x.dtype for p, x in weights.items() if "key" not in p} == {
         jnp.dtype("float32")
     }

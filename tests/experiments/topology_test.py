@@ -8,8 +8,9 @@ import pytest
 import small_runs
 from jax.sharding import PartitionSpec as P
 
-from experiments import data, mesh, preemption, report, train
+from experiments import data, mesh, preemption, train
 from experiments.state import prepare
+from sparsejax.masks.layout import named_leaves
 
 CONFIG = small_runs.wide_mlp()
 TOPOLOGIES = {1: 1, 2: 1, 4: 2, 8: 2}  # devices: fsdp
@@ -87,7 +88,7 @@ def test_the_rule(shape, fsdp, expected):
 
 def test_weights_masks_and_slots_lie_alike():
     training = prepare(CONFIG, data.load(CONFIG.data), mesh.make(2))
-    specs = {p: x.sharding.spec for p, x in report.by_path(training.abstract).items()}
+    specs = {p: x.sharding.spec for p, x in named_leaves(training.abstract).items()}
     cut = {path for path, spec in specs.items() if spec != P()}
     kernels = {path for path in specs if path.endswith("layers/0/kernel")}
     budgets = {path for path in kernels if "/budgets/" in path}

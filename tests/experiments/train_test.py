@@ -16,6 +16,7 @@ from flax import nnx
 from configs import base
 from experiments import build, data, metrics, report, train
 from sparsejax import models
+from sparsejax.masks.layout import named_leaves
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the load_module:DeprecationWarning"  # called by ml_collections
@@ -142,8 +143,8 @@ def test_evaluation_is_the_mean_over_all_test_images(finished):
     correct = (logits.argmax(axis=1) == test.labels).mean()
     assert last["test/accuracy"] == pytest.approx(correct, abs=1e-6)
 
-    weights = report.by_path(nnx.as_pure(nnx.state(model, nnx.Param)))
-    for path, mask in report.by_path(masks).items():
+    weights = named_leaves(nnx.as_pure(nnx.state(model, nnx.Param)))
+    for path, mask in named_leaves(masks).items():
         assert not np.asarray(weights[path])[~np.asarray(mask)].any()
         active = last[f"density/{path}"] * mask.size
         assert np.asarray(mask).sum() == round(active)
