@@ -1,5 +1,10 @@
-"""Primitives of a jaxpr that only call, and the parameter that holds what they call."""
+"""What a jaxpr tells of its origin: which primitives only call, and the user's line."""
 
+from typing import Any
+
+from jax.extend import source_info_util
+
+# Primitives that only call, and the parameter that holds what they call.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -11,3 +16,17 @@ CALLS = {
     "composite": "jaxpr",
     "remat2": "jaxpr",
 }
+
+_LIBRARIES = {"equinox", "flax", "haiku"}
+
+
+def source_line(eqn: Any) -> str:
+    """Return ``file.py:line`` of the user's line that made an equation, or ``""``.
+
+    That is the innermost line which belongs neither to JAX nor to a library of layers.
+    """
+    frames = source_info_util.summarize(eqn.source_info, num_frames=32).splitlines()
+    places = [frame.strip().split(" ")[0] for frame in frames]
+    own = [place for place in places if not _LIBRARIES & set(place.split("/"))]
+    place = (own or places or [""])[-1]  # the innermost comes last
+    return ":".join(place.rsplit("/", 1)[-1].split(":")[:2])

@@ -43,6 +43,27 @@ def linear_drop(initial: float, stop_at: int) -> Schedule:
     return lambda step: initial * _left(step, 0, stop_at)
 
 
+def linear_fade(stop_at: int) -> Schedule:
+    """Return what falls linearly from 1 at step 0 to exactly 0 from ``stop_at`` on.
+
+    It is how the ghosts of `sparsejax.recipes` fade.
+
+    Args:
+      stop_at: the step from which on it is 0.
+
+    Raises:
+      ValueError: ``stop_at`` is not positive.
+
+    Example:
+      >>> from sparsejax import schedules
+      >>> intensity = schedules.linear_fade(90)
+      >>> [float(intensity(t)) for t in (0, 45, 90, 180)]
+      [1.0, 0.5, 0.0, 0.0]
+    """
+    stop_at = _positive("linear_fade", stop_at)
+    return lambda step: _left(step, 0, stop_at)
+
+
 def cosine_drop(initial: float, stop_at: int) -> Schedule:
     """Return RigL's drop fraction, half a cosine from ``initial`` to 0.
 

@@ -343,3 +343,19 @@ def test_no_channel_goes_at_a_channel_sparsity_of_zero():
 def test_cosine_between_refuses_what_is_no_fraction(arguments, name):
     with pytest.raises(ValueError, match=rf"cosine_between\({name}=.*\[0, 1\]"):
         schedules.cosine_between(*arguments)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 90, 75_000])
+def test_linear_fade_falls_from_exactly_1_to_exactly_0(stop_at):
+    steps = sample(stop_at)
+    values = evaluate(schedules.linear_fade(stop_at), steps)
+    expected = [float(oracles.linear_drop(1.0, stop_at, t)) for t in steps]
+    np.testing.assert_allclose(values, expected, rtol=0, atol=2e-7)
+    fade = jax.jit(schedules.linear_fade(stop_at))
+    assert (fade(0), fade(stop_at), fade(2 * stop_at)) == (1.0, 0.0, 0.0)
+    assert (np.diff(np.asarray(values)[np.argsort(steps)]) <= 0).all()
+
+
+def test_linear_fade_refuses_an_end_at_once():
+    with pytest.raises(ValueError, match=r"linear_fade\(stop_at=.*at least 1, got 0"):
+        schedules.linear_fade(0)

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core, source_info_util
+from jax.extend import core
 
-from sparsejax._calls import CALLS
+from sparsejax._calls import CALLS, source_line
 from sparsejax.masks.layout import path_name
 
 # Primitives with bodies of their own, and the parameters that hold them.
@@ -21,9 +21,6 @@ _BODIES = {
     "while": ("cond_jaxpr", "body_jaxpr"),
     "cond": ("branches",),
 }
-
-
-_LIBRARIES = {"equinox", "flax", "haiku"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -158,7 +155,7 @@ def _inline(
         program.constants[environment[var]] = const
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [read(var) for var in eqn.invars]
-        source = _source(eqn) or caller
+        source = source_line(eqn) or caller
         if name in CALLS:
             inner, inner_consts = _open(eqn.params[CALLS[name]])
             called = dict(zip(inner.invars, inputs, strict=True))
@@ -190,18 +187,6 @@ def _bodies(eqn: Any, source: str) -> tuple[Program, ...]:
         body for one in held for body in (one if isinstance(one, tuple) else [one])
     ]
     return tuple(flatten(body, source) for body in bodies)
-
-
-def _source(eqn: Any) -> str:
-    """Return ``file.py:line`` of the user's line that made an equation, or ``""``.
-
-    That is the innermost line which belongs neither to JAX nor to a library of layers.
-    """
-    frames = source_info_util.summarize(eqn.source_info, num_frames=32).splitlines()
-    places = [frame.strip().split(" ")[0] for frame in frames]
-    own = [place for place in places if not _LIBRARIES & set(place.split("/"))]
-    place = (own or places or [""])[-1]  # the innermost comes last
-    return ":".join(place.rsplit("/", 1)[-1].split(":")[:2])
 
 
 def literal_array(literal: Literal) -> np.ndarray:

@@ -6,20 +6,30 @@ import jax
 from flax import nnx
 
 from sparsejax.models._layers import ConvNorm, scaled_width
+from sparsejax.models.resnet import Activation
 
 
 class SeparableConv(nnx.Module):
-    """A depthwise 3x3 and a pointwise 1x1 convolution, each with BatchNorm and ReLU."""
+    """A depthwise 3x3 and a pointwise 1x1 convolution, normalized and activated."""
 
-    def __init__(self, n_in: int, n_out: int, *, strides: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        strides: int,
+        activation: Activation = nnx.relu,
+        rngs: nnx.Rngs,
+    ):
         self.depthwise = ConvNorm(
             n_in, n_in, 3, strides=strides, groups=n_in, rngs=rngs
         )
         self.pointwise = ConvNorm(n_in, n_out, 1, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [batch, h/strides, w/strides, n_out] for x [batch, h, w, n_in]."""
-        return nnx.relu(self.pointwise(nnx.relu(self.depthwise(x))))
+        return self.activation(self.pointwise(self.activation(self.depthwise(x))))
 
 
 class MobileNetV1(nnx.Module):
@@ -33,6 +43,7 @@ class MobileNetV1(nnx.Module):
       num_classes: size of the output.
       in_channels: channels of the images.
       stem_strides: of the first convolution.
+      activation: after each convolution.
       rngs: NNX random streams; `params` is used.
     """
 
@@ -44,6 +55,7 @@ class MobileNetV1(nnx.Module):
         *,
         in_channels: int = 3,
         stem_strides: int = 2,
+        activation: Activation = nnx.relu,
         rngs: nnx.Rngs,
     ):
         self.stem = ConvNorm(
@@ -52,13 +64,18 @@ class MobileNetV1(nnx.Module):
         self.blocks = nnx.List()
         n_in = stem_width
         for n_out, strides in blocks:
-            self.blocks.append(SeparableConv(n_in, n_out, strides=strides, rngs=rngs))
+            self.blocks.append(
+                SeparableConv(
+                    n_in, n_out, strides=strides, activation=activation, rngs=rngs
+                )
+            )
             n_in = n_out
         self.head = nnx.Linear(n_in, num_classes, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits [batch, num_classes] for images [batch, h, w, in_channels]."""
-        x = nnx.relu(self.stem(x))
+        x = self.activation(self.stem(x))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(axis=(1, 2)))
@@ -83,6 +100,7 @@ def mobilenet_v1(
     width_multiplier: float = 1.0,
     in_channels: int = 3,
     stem_strides: int = 2,
+    activation: Activation = nnx.relu,
     rngs: nnx.Rngs,
 ) -> MobileNetV1:
     """Build the network of the paper's Table 1: 4,231,976 parameters for ImageNet.
@@ -93,6 +111,7 @@ def mobilenet_v1(
       in_channels: channels of the images.
       stem_strides: of the first convolution; 1 is usual for CIFAR, whose images then
         end as 2x2.
+      activation: in place of every ReLU.
       rngs: NNX random streams; `params` is used.
 
     Example:
@@ -108,5 +127,6 @@ def mobilenet_v1(
         num_classes,
         in_channels=in_channels,
         stem_strides=stem_strides,
+        activation=activation,
         rngs=rngs,
     )

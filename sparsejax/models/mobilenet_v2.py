@@ -6,17 +6,25 @@ import jax
 from flax import nnx
 
 from sparsejax.models._layers import ConvNorm, scaled_width
+from sparsejax.models.resnet import Activation
 
 
 class InvertedResidual(nnx.Module):
     """Expand, convolve each channel for itself, project without an activation.
 
-    Each of the three has BatchNorm, and the first two a ReLU6. The input is added
+    Each of the three has BatchNorm, and the first two an activation. The input is added
     where shapes agree. Without expansion there is no first convolution.
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, strides: int, expansion: int, rngs: nnx.Rngs
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        strides: int,
+        expansion: int,
+        activation: Activation = nnx.relu6,
+        rngs: nnx.Rngs,
     ):
         width = expansion * n_in
         self.expand = ConvNorm(n_in, width, 1, rngs=rngs) if expansion > 1 else None
@@ -25,11 +33,12 @@ class InvertedResidual(nnx.Module):
         )
         self.project = ConvNorm(width, n_out, 1, rngs=rngs)
         self.is_residual = strides == 1 and n_in == n_out
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [batch, h/strides, w/strides, n_out] for x [batch, h, w, n_in]."""
-        y = x if self.expand is None else nnx.relu6(self.expand(x))
-        y = self.project(nnx.relu6(self.depthwise(y)))
+        y = x if self.expand is None else self.activation(self.expand(x))
+        y = self.project(self.activation(self.depthwise(y)))
         return x + y if self.is_residual else y
 
 
@@ -46,6 +55,7 @@ class MobileNetV2(nnx.Module):
       num_classes: size of the output.
       in_channels: channels of the images.
       stem_strides: of the first convolution.
+      activation: after each convolution but the projections.
       rngs: NNX random streams; `params` is used.
     """
 
@@ -58,6 +68,7 @@ class MobileNetV2(nnx.Module):
         *,
         in_channels: int = 3,
         stem_strides: int = 2,
+        activation: Activation = nnx.relu6,
         rngs: nnx.Rngs,
     ):
         self.stem = ConvNorm(
@@ -73,19 +84,21 @@ class MobileNetV2(nnx.Module):
                         n_out,
                         strides=strides if index == 0 else 1,
                         expansion=expansion,
+                        activation=activation,
                         rngs=rngs,
                     )
                 )
                 n_in = n_out
         self.last = ConvNorm(n_in, last_width, 1, rngs=rngs)
         self.head = nnx.Linear(last_width, num_classes, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits [batch, num_classes] for images [batch, h, w, in_channels]."""
-        x = nnx.relu6(self.stem(x))
+        x = self.activation(self.stem(x))
         for block in self.blocks:
             x = block(x)
-        return self.head(nnx.relu6(self.last(x)).mean(axis=(1, 2)))
+        return self.head(self.activation(self.last(x)).mean(axis=(1, 2)))
 
 
 _STAGES = (
@@ -105,6 +118,7 @@ def mobilenet_v2(
     width_multiplier: float = 1.0,
     in_channels: int = 3,
     stem_strides: int = 2,
+    activation: Activation = nnx.relu6,
     rngs: nnx.Rngs,
 ) -> MobileNetV2:
     """Build the network of the paper's Table 2: 3,504,872 parameters for ImageNet.
@@ -116,6 +130,7 @@ def mobilenet_v2(
       in_channels: channels of the images.
       stem_strides: of the first convolution; 1 is usual for CIFAR, whose images then
         end as 2x2.
+      activation: in place of every ReLU6.
       rngs: NNX random streams; `params` is used.
 
     Example:
@@ -136,5 +151,6 @@ def mobilenet_v2(
         num_classes,
         in_channels=in_channels,
         stem_strides=stem_strides,
+        activation=activation,
         rngs=rngs,
     )

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jaxprs import primitives
 
 from sparsejax import models
 
@@ -46,3 +47,16 @@ def test_stem_strides_decide_what_is_left_of_the_image(stem_strides, size):
 
     last = jax.eval_shape(blocks, jnp.zeros((1, 32, 32, 3)))
     assert last.shape == (1, size, size, 1024)
+
+
+def test_activation_stands_in_place_of_every_relu():
+    def logits(images):
+        options = {"activation": jnp.tanh, "rngs": nnx.Rngs(0)}
+        return models.MobileNetV1(4, [(6, 1), (8, 2)], 5, **options)(images)
+
+    names = [
+        name
+        for name, _ in primitives(jax.make_jaxpr(logits)(jnp.zeros((1, 16, 16, 3))))
+    ]
+    assert names.count("tanh") == 5
+    assert "custom_jvp_call" not in names  # nnx.relu

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxprs import primitives
 
 from sparsejax import models
 from sparsejax.models.mobilenet_v2 import InvertedResidual
@@ -63,3 +64,18 @@ def test_width_multiplier_rounds_to_multiples_of_8(multiplier, widths):
     fifth_stage = model.blocks[-5].project
     layers = (model.stem, fifth_stage, model.last)
     assert tuple(layer.conv.out_features for layer in layers) == widths
+
+
+def test_activation_stands_in_place_of_every_relu():
+    def logits(images):
+        options = {"activation": jnp.tanh, "rngs": nnx.Rngs(0)}
+        return models.MobileNetV2(4, [(1, 4, 1, 1), (2, 6, 2, 2)], 8, 5, **options)(
+            images
+        )
+
+    names = [
+        name
+        for name, _ in primitives(jax.make_jaxpr(logits)(jnp.zeros((1, 16, 16, 3))))
+    ]
+    assert names.count("tanh") == 7
+    assert "custom_jvp_call" not in names  # nnx.relu
