@@ -158,3 +158,20 @@ class Config:
     eval_every: int = 250
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass
+class ToST(Config):
+    """A run with the tricks of `experiments/tost.py`, of which smooth labels are one.
+
+    Their share that all other classes have is `label_smoothing`, as in the paper.
+    """
+
+    label_smoothing: float = 0.1
+    # Ghost neurons, "swish" or "mish".
+    neurons: str = "swish"
+    # The part of the steps in which there are ghosts.
+    ghost_fraction: float = 90 / 182
+    # Of the rescaled initialisation, and the images in each of its batches.
+    rescale_iterations: int = 180
+    rescale_batch_size: int = 128

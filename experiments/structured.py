@@ -32,7 +32,12 @@ from ml_collections import config_flags
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from experiments import data, structured_report, structured_runs  # noqa: E402
+from experiments import (  # noqa: E402
+    data,
+    kept_runs,
+    structured_report,
+    structured_runs,
+)
 from experiments.structured_measure import measure  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="File of the recipe.")
@@ -58,10 +63,8 @@ def main(argv: list[str]) -> None:
     )
     runs = [(sparse, seed) for seed in range(_SEEDS.value) for sparse in compared]
     if _SHARD.value:
-        index, count = map(int, _SHARD.value.split("/"))
-        structured_runs.train_missing(
-            _WORKDIR.value, config, dataset, runs[index::count]
-        )
+        runs = kept_runs.part(runs, _SHARD.value)
+        structured_runs.train_missing(_WORKDIR.value, config, dataset, runs)
         return
     structured_runs.train_missing(_WORKDIR.value, config, dataset, runs)
     structured_report.write(

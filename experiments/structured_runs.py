@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import time
@@ -13,23 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from configs import base
-from experiments import build, data
-from experiments.files import replaced
+from experiments import build, data, kept_runs
+from experiments.kept_runs import Run
 from experiments.state import State, prepare
 from experiments.steps import evaluate, make_eval_step, make_train_step
-from experiments.workdir import claim
 from sparsejax import analysis
 from sparsejax.masks.layout import named_leaves
 
 METHODS = ("dense", "static", "rigl", "srigl", "chase")
 GAMMAS = (0.0, 0.3)  # without ablation, and with the paper's
 CHANNEL_SPARSITIES = (0.0, 0.3, 0.5)
-
-# What one seed of one setting came to.
-Run = dict[str, Any]
 
 
 def settings(
@@ -71,7 +65,7 @@ def train_missing(
     """Train the runs that the folder does not have yet, and write each at once.
 
     Args:
-      workdir: belongs to this config; several processes may write different runs.
+      workdir: as in `kept_runs.train_missing`.
       config: the recipe; its `sparse` and `seed` are those of the runs.
       dataset: what to train and test on.
       runs: settings and seeds.
@@ -79,27 +73,21 @@ def train_missing(
     Raises:
       ValueError: where the folder belongs to another config.
     """
-    folder = claim(workdir, config)
     trainer = functools.cache(lambda method: _Trainer(config, dataset, method))
-    missing = [run for run in runs if not (folder / f"{name(*run)}.json").exists()]
-    total = config.num_steps * len(missing)
-    with tqdm(total=total, unit="step", smoothing=0.05) as progress:
-        for sparse, seed in missing:
-            progress.set_description(name(sparse, seed))
-            run, state = trainer(sparse.method).train(sparse, seed, progress.update)
-            arrays = named_leaves(state["model"])
-            with replaced(folder / f"{name(sparse, seed)}.npz", "wb") as file:
-                np.savez(file, **jax.device_get(arrays))
-            with replaced(folder / f"{name(sparse, seed)}.json") as file:
-                file.write(json.dumps(run, indent=1) + "\n")
+
+    def train(asked, on_steps):
+        sparse, seed = asked
+        run, state = trainer(sparse.method).train(sparse, seed, on_steps)
+        return run, jax.device_get(named_leaves(state["model"]))
+
+    kept_runs.train_missing(workdir, config, {name(*run): run for run in runs}, train)
 
 
 def read(
     workdir: str | os.PathLike, runs: Sequence[tuple[base.Sparse, int]]
 ) -> list[Run]:
     """Return what trained runs came to."""
-    paths = [pathlib.Path(workdir) / f"{name(*run)}.json" for run in runs]
-    return [json.loads(path.read_text()) for path in paths]
+    return kept_runs.read(workdir, [name(*run) for run in runs])
 
 
 def load(
