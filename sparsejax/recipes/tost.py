@@ -29,8 +29,8 @@ class ToST:
 
     Masks come from `sparsejax.saliency`, a lottery ticket, or a transformation of
     `sparsejax.sparse_optax` by `get_masks`, always for the plain model. Around the
-    optimizer goes `sparse_optax.static` with these masks, or the transformation that
-    drew them: ghosts are dense in all of them.
+    optimizer goes `sparse_optax.static` with these masks, `rigl` or `set` that start
+    from them, or the transformation that drew them: ghosts are dense in all of them.
 
     Attributes:
       ghost_steps: steps until the ghosts are gone; the authors' schedule has its first

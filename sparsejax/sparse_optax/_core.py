@@ -24,6 +24,9 @@ from sparsejax.masks.blend import blend, masked
 from sparsejax.masks.layout import Layout, Leaf, layouts_of, named_leaves
 from sparsejax.sparse_optax._conditional import change_if
 
+# From parameters and a key to masks and budgets, trees as in `SparseState`.
+Start = Callable[[Any, jax.Array], tuple[Any, Any]]
+
 
 class SparseState(NamedTuple):
     """State of every sparse transformation.
@@ -66,7 +69,7 @@ class Algorithm(NamedTuple):
     """
 
     name: str
-    start: Callable[[Any, jax.Array], tuple[Any, Any]]
+    start: Start
     layout: Mapping[str, Layout] | None = None
     due: Callable[[jax.Array], jax.Array] | None = None
     change: Callable[..., Any] | None = None

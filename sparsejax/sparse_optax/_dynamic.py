@@ -7,14 +7,19 @@ import jax
 import optax
 
 from sparsejax import schedules
-from sparsejax._request import Request, check_key
+from sparsejax._request import check_key
 from sparsejax.distributions import Distribution
 from sparsejax.masks.layout import Layout, Leaf, Where
-from sparsejax.masks.patterned import Patterned, Patterns, drop_and_grow_all
+from sparsejax.masks.patterned import (
+    Patterned,
+    Patterns,
+    drop_and_grow_all,
+    patterned_leaves,
+)
 from sparsejax.schedules import Periodic, Schedule, share
-from sparsejax.sparse_optax._core import Algorithm, Change, transformation
+from sparsejax.sparse_optax._core import Algorithm, Change, Start, transformation
+from sparsejax.sparse_optax._first import first_masks
 
-Start = Callable[[Any, jax.Array], tuple[Any, Any]]
 Update = Callable[[Sequence[Leaf], list[jax.Array], Change, Any], list[jax.Array]]
 Grow = Callable[[Sequence[Patterned], Change], dict[str, Any]]
 
@@ -22,7 +27,7 @@ Grow = Callable[[Sequence[Patterned], Change], dict[str, Any]]
 class Dynamic(NamedTuple):
     """The arguments of a drop-and-grow algorithm, as its factory documents them."""
 
-    sparsity: float
+    sparsity: float | None
     distribution: str | Distribution
     where: Where
     layout: Mapping[str, Layout] | None
@@ -34,17 +39,19 @@ class Dynamic(NamedTuple):
     step_on_update: bool
     accumulate: int = 1
     pattern: Patterns = None
+    masks: Any = None
 
-    def request(self, name: str) -> Request:
-        """Return what is asked for of the factory ``name``, checked."""
-        return Request(
+    def start(self, name: str) -> Start:
+        """Return the start of the algorithm ``name``, its arguments checked."""
+        return first_masks(
             name,
-            self.sparsity,
-            self.distribution,
-            self.where,
-            self.layout,
-            self.pattern,
-        ).check()
+            sparsity=self.sparsity,
+            masks=self.masks,
+            distribution=self.distribution,
+            where=self.where,
+            layout=self.layout,
+            pattern=self.pattern,
+        )
 
 
 def dynamic_transformation(
@@ -99,10 +106,10 @@ def drop_and_grow_transformation(
     needs_gradient: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Build SET or RigL; ``grow`` gives the growth of `drop_and_grow_all`."""
-    request = arguments.request(name)
+    start = arguments.start(name)
 
     def update(leaves, masks, now, fraction):
-        leaves = request.patterned(leaves)
+        leaves = patterned_leaves(leaves, arguments.pattern)
         return drop_and_grow_all(
             leaves,
             masks,
@@ -116,7 +123,7 @@ def drop_and_grow_transformation(
         name,
         inner,
         arguments,
-        request.draw,
+        start,
         update,
         needs_gradient=needs_gradient,
     )

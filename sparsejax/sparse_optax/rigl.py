@@ -15,7 +15,8 @@ from sparsejax.sparse_optax._dynamic import Dynamic, drop_and_grow_transformatio
 def rigl(
     inner: optax.GradientTransformation | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    masks: optax.Params | None = None,
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
@@ -42,7 +43,9 @@ def rigl(
     Args:
       inner: the optimizer to run under the mask; None makes this the last link of a
         chain.
-      sparsity: fraction of weights that are zero, in [0, 1).
+      sparsity: fraction of weights that are zero, in [0, 1), for a random first mask.
+      masks: the first masks, as `static` takes them: of `sparsejax.saliency`, or of a
+        lottery ticket. Takes the place of ``sparsity``; layers keep their numbers.
       distribution: "erk", "uniform", or a function ``(shapes, sparsity) -> kept`` as
         in `sparsejax.distributions`.
       where: which leaves are sparse; see `sparsejax.masks.select_leaves`.
@@ -103,6 +106,7 @@ def rigl(
         step_on_update,
         accumulate,
         pattern,
+        masks,
     )
 
     def grow(leaves, now):

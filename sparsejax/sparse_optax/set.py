@@ -16,7 +16,8 @@ from sparsejax.sparse_optax._dynamic import Dynamic, drop_and_grow_transformatio
 def set(  # noqa: A001
     inner: optax.GradientTransformation | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    masks: optax.Params | None = None,
     distribution: str | Distribution = "erk",
     where: Where = None,
     layout: Mapping[str, Layout] | None = None,
@@ -37,6 +38,7 @@ def set(  # noqa: A001
     Args:
       inner: as in `rigl`.
       sparsity: as in `rigl`.
+      masks: as in `rigl`.
       distribution: as in `rigl`.
       where: as in `rigl`.
       layout: as in `rigl`.
@@ -81,6 +83,7 @@ def set(  # noqa: A001
         stop_at,
         step_on_update,
         pattern=pattern,
+        masks=masks,
     )
 
     def grow(leaves, now):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparsejax._request import Request
 from sparsejax._trees import tree_at
 from sparsejax.distributions import Distribution
 from sparsejax.masks import fan_in
@@ -133,7 +134,7 @@ def srigl(
         step_on_update,
         accumulate,
     )
-    request = arguments.request("srigl")
+    request = Request("srigl", sparsity, distribution, where, layout).check()
     _check_gamma(gamma)
     protect = checked_protect(protect)
     groups = checked_groups(groups)

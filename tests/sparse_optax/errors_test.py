@@ -21,6 +21,7 @@ OTHER_PATHS = {"conv": {"kernel": jnp.ones((8, 4))}}
 MASK = jnp.ones((8, 4), bool)
 RANDOM = ["rigl", "set", "static", "magnitude"]
 DYNAMIC = ["rigl", "set"]
+STARTED = ["rigl", "set", "static"]  # from masks that are drawn, or given
 TIMED = ["rigl", "set", "magnitude"]
 
 
@@ -85,8 +86,8 @@ ARGUMENTS = [
         "use 0 or a predicate",
         "0.3",
     ),
-    (["static"], dict(sparsity=None), ValueError, "exactly one", "got neither"),
-    (["static"], dict(masks=PARAMS), ValueError, "exactly one", "got both"),
+    (STARTED, dict(sparsity=None), ValueError, "exactly one", "got neither"),
+    (STARTED, dict(masks=PARAMS), ValueError, "exactly one", "got both"),
 ]
 
 
@@ -114,6 +115,7 @@ def test_the_first_argument(name):
         getattr(sparse_optax, name)(optax.sgd, sparsity=0.5)
 
 
+@pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(
     ("masks", "error", "parts"),
     [
@@ -123,17 +125,18 @@ def test_the_first_argument(name):
         ({"fc": {"kernel": "all"}}, TypeError, ["fc/kernel", "bool array", "str"]),
     ],
 )
-def test_given_masks(masks, error, parts):
-    with refuses(error, "static(masks=...)", *parts):
-        sparse_optax.static(SGD, masks=masks)
+def test_given_masks(name, masks, error, parts):
+    with refuses(error, f"{name}(masks=...)", *parts):
+        getattr(sparse_optax, name)(SGD, masks=masks)
 
 
+@pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(
     "options", [dict(where={"fc": 0}), dict(distribution="uniform")]
 )
-def test_given_masks_take_no_argument_of_random_ones(options):
-    with refuses(ValueError, "static(masks=...)", "Leave them out"):
-        sparse_optax.static(SGD, masks={"fc": {"kernel": MASK}}, **options)
+def test_given_masks_take_no_argument_of_random_ones(name, options):
+    with refuses(ValueError, f"{name}(masks=...)", "Leave them out"):
+        getattr(sparse_optax, name)(SGD, masks={"fc": {"kernel": MASK}}, **options)
 
 
 # Parameters, at init
@@ -174,6 +177,7 @@ def test_parameters(name, options, params, error, parts):
         tx.init(params)
 
 
+@pytest.mark.parametrize("name", STARTED)
 @pytest.mark.parametrize(
     ("path", "mask", "error", "parts"),
     [
@@ -182,9 +186,9 @@ def test_parameters(name, options, params, error, parts):
         ("step", MASK, TypeError, ["step/kernel", "floating-point", "got int32"]),
     ],
 )
-def test_given_masks_of_other_parameters(path, mask, error, parts):
-    tx = sparse_optax.static(SGD, masks={path: {"kernel": mask}})
-    with refuses(error, "static(masks=...)", *parts):
+def test_given_masks_of_other_parameters(name, path, mask, error, parts):
+    tx = getattr(sparse_optax, name)(SGD, masks={path: {"kernel": mask}})
+    with refuses(error, f"{name}(masks=...)", *parts):
         tx.init(PARAMS | {"step": {"kernel": jnp.ones((8, 4), jnp.int32)}})
 
 
