@@ -175,3 +175,18 @@ class ToST(Config):
     # Of the rescaled initialisation, and the images in each of its batches.
     rescale_iterations: int = 180
     rescale_batch_size: int = 128
+
+
+@dataclasses.dataclass
+class Lottery(Config):
+    """Rounds of iterative magnitude pruning, and what their masks are turned into."""
+
+    # Prunings, each of this part of the weights that are left.
+    rounds: int = 10
+    rate: float = 0.2
+    # Networks go back to where training was after this part of the steps.
+    rewind_fraction: float = 8 / 160
+    # refill+: the part of the other channels that is kept too.
+    extra: float = 0.2
+    # regroup: groups of rows in each layer.
+    groups: int = 8

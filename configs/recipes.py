@@ -70,8 +70,8 @@ def variant(config: base.Config, arg: str | None, **model) -> base.Config:
         config,
         data=dataclasses.replace(
             data,
-            train_split=f"{data.train_split}[:64]",
-            test_split=f"{data.test_split}[:40]",
+            train_split=_first(data.train_split, 64),
+            test_split=_first(data.test_split, 40),
             image_size=min(data.image_size, 32),
             workers=0,
         ),
@@ -93,3 +93,8 @@ def variant(config: base.Config, arg: str | None, **model) -> base.Config:
         eval_every=4,
         checkpoint_every=4,
     )
+
+
+def _first(split: str, count: int) -> str:
+    """Name the first examples of a split, whatever part of it was named."""
+    return f"{split.split('[')[0]}[:{count}]"

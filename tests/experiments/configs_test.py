@@ -170,6 +170,12 @@ def test_what_decays(decayed, expected):
     assert {path.split("/")[1] for path in moved} == expected
 
 
+def test_smoke_takes_few_images_of_any_split():
+    config = base.Config(data=base.Data(train_split="train[5000:]"))
+    smoke = recipes.variant(config, "smoke").data
+    assert (smoke.train_split, smoke.test_split) == ("train[:64]", "test[:40]")
+
+
 def test_the_only_variant_is_smoke():
     with pytest.raises(ValueError, match="only variant of a config is 'smoke', got 'f"):
         recipes.variant(base.Config(), "fast")
