@@ -20,11 +20,11 @@ def get_config(arg=None):
             weight_decay=2e-4,
             warmup_steps=0,
             decay="steps",
-            at=(297, 445),
+            at=(247, 371),
             decayed="all",
         ),
         sparse=base.Sparse(method="static"),
-        num_steps=600,
+        num_steps=500,
         batch_size=64,
         rescale_batch_size=32,
     )
