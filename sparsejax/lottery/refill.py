@@ -5,7 +5,7 @@ and those get all of their weights back.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -14,11 +14,16 @@ import jax.numpy as jnp
 
 from sparsejax._trees import check_same_leaves, tree_at
 from sparsejax.lottery.scores import CRITERIA, Criterion, from_weights
-from sparsejax.masks.coupled import Group, Member, coupled_masks
+from sparsejax.masks.coupled import (
+    COUPLED,
+    Group,
+    Member,
+    check_members,
+    coupled_masks,
+)
 from sparsejax.masks.layout import Layout, layouts_of, named_leaves
 from sparsejax.masks.selection import top_k_mask
 from sparsejax.schedules import share
-from sparsejax.sparse_optax._groups import COUPLED
 
 Score = Criterion | jax.Array  # the latter float [neurons]
 
@@ -138,7 +143,7 @@ def refill_tree(
     )
     _check_scores(scores, own)
     groups = getattr(groups, "groups", groups)
-    _check_groups(groups, leaves)
+    check_members("refill_tree(groups=...)", groups, leaves)
 
     worth = {
         path: _neuron_scores(path, scores[path], mask, leaves[path], layouts[path])
@@ -257,19 +262,3 @@ def _check_scores(scores: Mapping[str, Any], masks: Mapping[str, Any]) -> None:
                 f"refill_tree(score=...) must have scores for {path}, and has them for "
                 f"{', '.join(scores) or 'nothing'}."
             )
-
-
-def _check_groups(groups: Sequence[Group], leaves: Mapping[str, Any]) -> None:
-    for group in groups:
-        for member in group.members:
-            if member.role not in COUPLED:
-                continue
-            path, n = member.path, len(member.channels)
-            shape = leaves[path].shape if path in leaves else ()
-            if member.axis >= len(shape) or shape[member.axis] != n:
-                raise ValueError(
-                    f"refill_tree(groups=...): the group {group.name} must have {n} "
-                    f"indices on axis {member.axis} of {path}, got "
-                    f"{f'shape {shape}' if path in leaves else 'no such parameter'}; "
-                    "take the groups of this model."
-                )

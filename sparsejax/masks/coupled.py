@@ -43,6 +43,38 @@ class Group(Protocol):
     members: Sequence[Member]
 
 
+COUPLED = ("producer", "norm", "consumer")  # the members that go with a channel
+
+
+def check_members(
+    what: str,
+    groups: Sequence[Group],
+    leaves: Mapping[str, jax.Array],
+    roles: Collection[str] = COUPLED,
+) -> None:
+    """Raise ValueError unless all that goes with a channel is among the parameters.
+
+    Args:
+      what: the argument, for the message.
+      groups: the groups.
+      leaves: the parameters by path.
+      roles: of the members that must be there.
+    """
+    for group in groups:
+        for member in group.members:
+            if member.role not in roles:
+                continue
+            path, n = member.path, len(member.channels)
+            shape = leaves[path].shape if path in leaves else ()
+            if member.axis >= len(shape) or shape[member.axis] != n:
+                raise ValueError(
+                    f"{what}: the group {group.name} must have {n} indices on axis "
+                    f"{member.axis} of {path}, got "
+                    f"{f'shape {shape}' if path in leaves else 'no such parameter'}; "
+                    "take the groups of this model, and give all of its parameters."
+                )
+
+
 def live_channels(group: Group, masks: Mapping[str, jax.Array]) -> jax.Array:
     """Find the channels into which some producer still writes.
 

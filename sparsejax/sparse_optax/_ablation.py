@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sparsejax.masks.coupled import Group
+from sparsejax.masks.coupled import Group, check_members
 
 Protect = str | Sequence[str] | Callable[[str, Any], bool] | None
 
@@ -86,18 +86,8 @@ def emitted_leaves(
         producers = _paths(group, "producer")
         if not producers or not producers <= ablatable:
             continue
-        for member in group.members:
-            if member.role != "norm":
-                continue
-            shape = named[member.path].shape if member.path in named else ()
-            if shape[member.axis : member.axis + 1] != member.channels.shape:
-                raise ValueError(
-                    f"srigl(groups=...): the group {group.name} must have "
-                    f"{len(member.channels)} indices on axis {member.axis} of "
-                    f"{member.path}, got {shape or 'no such parameter'}; take the "
-                    "groups of this model."
-                )
-            found.add(member.path)
+        check_members("srigl(groups=...)", [group], named, roles=("norm",))
+        found |= _paths(group, "norm")
     return found
 
 

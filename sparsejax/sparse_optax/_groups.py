@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax._trees import tree_at
+from sparsejax.masks.coupled import COUPLED, check_members
 from sparsejax.masks.layout import named_leaves
-
-COUPLED = ("producer", "norm", "consumer")  # the members that go with a channel
 
 
 def prunable_groups(groups: Any, *, skip: bool) -> list[Any]:
@@ -55,22 +54,11 @@ def with_coupled(params: Any, masks: Any, groups: Sequence[Any]) -> Any:
       ValueError: the groups are not those of the parameters.
     """
     leaves, named = named_leaves(params), named_leaves(masks)
+    check_members("chase(groups=...)", groups, leaves)
     for group in groups:
         for member in group.members:
-            if member.role not in COUPLED:
-                continue
-            path, n = member.path, len(member.channels)
-            shape = leaves[path].shape if path in leaves else ()
-            if member.axis >= len(shape) or shape[member.axis] != n:
-                raise ValueError(
-                    f"chase(groups=...): the group {group.name} must have {n} indices "
-                    f"on axis {member.axis} of {path}, got "
-                    f"{f'shape {shape}' if path in leaves else 'no such parameter'}; "
-                    "take the groups of this model, and let one transformation train "
-                    "all of their members."
-                )
-            if path not in named:
-                named[path] = jnp.ones_like(leaves[path], dtype=bool)
+            if member.role in COUPLED and member.path not in named:
+                named[member.path] = jnp.ones_like(leaves[member.path], dtype=bool)
     return tree_at(params, named)
 
 

@@ -13,7 +13,7 @@ from sparsejax._request import Request, check_key, check_sparsity
 from sparsejax.distributions import Distribution
 from sparsejax.masks import channels
 from sparsejax.masks.blend import masked
-from sparsejax.masks.coupled import coupled_masks
+from sparsejax.masks.coupled import COUPLED, coupled_masks
 from sparsejax.masks.layout import Layout, Where, named_leaves
 from sparsejax.schedules import (
     Periodic,
@@ -26,7 +26,6 @@ from sparsejax.schedules import (
 from sparsejax.sparse_optax._conditional import change_if
 from sparsejax.sparse_optax._core import Algorithm, transformation
 from sparsejax.sparse_optax._groups import (
-    COUPLED,
     channel_floors,
     prunable_groups,
     with_coupled,
