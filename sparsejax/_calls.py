@@ -1,8 +1,10 @@
-"""What a jaxpr tells of its origin: which primitives only call, and the user's line."""
+"""What all who read jaxprs need: calls that only call, bodies, and the user's line."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 # Primitives that only call, and the parameter that holds what they call.
 CALLS = {
@@ -18,6 +20,12 @@ CALLS = {
 }
 
 _LIBRARIES = {"equinox", "flax", "haiku"}
+
+
+def opened(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """Return a jaxpr and its constants, of which an open one has none."""
+    closed = isinstance(program, ClosedJaxpr)
+    return (program.jaxpr, program.consts) if closed else (program, ())
 
 
 def source_line(eqn: Any) -> str:

@@ -102,3 +102,17 @@ def check_same_leaves(what: str, params: Any, masks: Any) -> None:
                 f"{what}: the mask of {path} must have the shape of the parameter, "
                 f"{shapes[path]}, got {mask.shape}; the masks belong to another model."
             )
+
+
+def first_difference(
+    there: Mapping[str, Any], here: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """Return the first path of which two descriptions differ, and both of them.
+
+    A description that has no such path says "missing"; None: they are equal.
+    """
+    for path in {**there, **here}:
+        pair = there.get(path, "missing"), here.get(path, "missing")
+        if pair[0] != pair[1]:
+            return path, *pair
+    return None

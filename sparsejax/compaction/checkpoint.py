@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from sparsejax._trees import first_difference
 from sparsejax.compaction.errors import CompactionError
 from sparsejax.compaction.plan import Plan
 from sparsejax.compaction.rebuild import rebuild
@@ -134,14 +135,13 @@ def _described(leaves: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _check_same(path: str, there: dict[str, Any], here: dict[str, Any]) -> None:
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            raise CompactionError(
-                f"{path}: the checkpoint is of another architecture. {name} (shape and "
-                f"dtype, compacted) is {there.get(name, 'missing')} there and "
-                f"{here.get(name, 'missing')} in the model; pass the architecture that "
-                "was compacted."
-            )
+    if differing := first_difference(there, here):
+        name, theirs, ours = differing
+        raise CompactionError(
+            f"{path}: the checkpoint is of another architecture. {name} (shape and "
+            f"dtype, compacted) is {theirs} there and {ours} in the model; pass the "
+            "architecture that was compacted."
+        )
 
 
 def _read_about(path: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from sparsejax._calls import CALLS, source_line
+from sparsejax._calls import CALLS, opened, source_line
 from sparsejax.masks.layout import path_name
 
 # Primitives with bodies of their own, and the parameters that hold them.
@@ -157,7 +157,7 @@ def _inline(
         name, inputs = eqn.primitive.name, [read(var) for var in eqn.invars]
         source = source_line(eqn) or caller
         if name in CALLS:
-            inner, inner_consts = _open(eqn.params[CALLS[name]])
+            inner, inner_consts = opened(eqn.params[CALLS[name]])
             called = dict(zip(inner.invars, inputs, strict=True))
             outputs = _inline(program, inner, inner_consts, called, source)
         else:
@@ -174,11 +174,6 @@ def _inline(
             )
         environment.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars]
-
-
-def _open(jaxpr: Any) -> tuple[Any, Any]:
-    closed = isinstance(jaxpr, core.ClosedJaxpr)
-    return (jaxpr.jaxpr, jaxpr.consts) if closed else (jaxpr, ())
 
 
 def _bodies(eqn: Any, source: str) -> tuple[Program, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax._request import Scope
-from sparsejax._trees import check_same_leaves, tree_at
+from sparsejax._trees import check_same_leaves, first_difference, tree_at
 from sparsejax.masks.layout import (
     Layout,
     Where,
@@ -263,14 +263,12 @@ def _check_same_state(what: str, state: State, other: State) -> None:
         path: (jnp.shape(x), str(jnp.result_type(x)))
         for path, x in named_leaves(tree).items()
     }
-    ours, theirs = about(state), about(other)
-    for path in {**ours, **theirs}:
-        if ours.get(path) != theirs.get(path):
-            raise ValueError(
-                f"{_OWNER}: {what} must be a state like the first one, and {path} is "
-                f"{theirs.get(path, 'missing')} in it instead of "
-                f"{ours.get(path, 'missing')}."
-            )
+    if differing := first_difference(about(state), about(other)):
+        path, ours, theirs = differing
+        raise ValueError(
+            f"{_OWNER}: {what} must be a state like the first one, and {path} is "
+            f"{theirs} in it instead of {ours}."
+        )
 
 
 def _check_masked(params: Any, masks: Any, index: int) -> None:

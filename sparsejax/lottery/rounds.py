@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from sparsejax._trees import tree_at
+from sparsejax._trees import first_difference, tree_at
 from sparsejax.lottery.imp import Round, State
 from sparsejax.masks.layout import named_leaves
 
@@ -152,10 +152,9 @@ def _described(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_same(part: str, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"it is of another state, or another params_of=: {name} of its {part} "
-                f"is {there.get(name, 'missing')}, and "
-                f"{here.get(name, 'missing')} in state=."
-            )
+    if differing := first_difference(there, here):
+        name, theirs, ours = differing
+        raise ValueError(
+            f"it is of another state, or another params_of=: {name} of its {part} is "
+            f"{theirs}, and {ours} in state=."
+        )

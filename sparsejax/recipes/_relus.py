@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from sparsejax._calls import CALLS, source_line
+from sparsejax._calls import CALLS, opened, source_line
 
 _RELUS = ("relu", "relu6")
 _KEEP_ZEROS = ("broadcast_in_dim", "convert_element_type", "pvary", "reshard")
@@ -84,7 +84,7 @@ def find(
         the random numbers of a dropout, is no activation.
       caller: the line that is named for what JAX's own functions do.
     """
-    jaxpr, _ = _open(program)
+    jaxpr, _ = opened(program)
     carries = [_is_data(v) for v in jaxpr.invars] if carries is None else carries
     carrying = {v for v, own in zip(jaxpr.invars, carries, strict=True) if own}
     carrying.update(filter(_is_data, jaxpr.constvars))
@@ -145,7 +145,7 @@ def run(
       bend: what takes the place of ``max(x, 0)``.
       choose: ``choose(bent, plain)``, of a ReLU's two results.
     """
-    jaxpr, consts = _open(program)
+    jaxpr, consts = opened(program)
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
@@ -210,7 +210,7 @@ def _jax_relu(eqn: JaxprEqn) -> str | None:
     """Return which of JAX's functions it is: each is compiled, with a derivative."""
     if eqn.primitive.name != "custom_jvp_call":
         return None
-    inner = _open(eqn.params["call_jaxpr"])[0].eqns
+    inner = opened(eqn.params["call_jaxpr"])[0].eqns
     name = inner[0].params.get("name") if len(inner) == 1 else None
     return name if name in _RELUS else None
 
@@ -241,8 +241,3 @@ def _is_variance(atom: Any, made_by: Mapping[Any, JaxprEqn]) -> bool:
 def _bodies(eqn: JaxprEqn) -> tuple[Any, ...]:
     held = [eqn.params[key] for key in _BODIES[eqn.primitive.name]]
     return held[0] if isinstance(held[0], tuple) else tuple(held)
-
-
-def _open(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    closed = isinstance(program, ClosedJaxpr)
-    return (program.jaxpr, program.consts) if closed else (program, ())

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from sparsejax._calls import CALLS
+from sparsejax._calls import CALLS, opened
 
 
 def flow(
@@ -69,8 +69,7 @@ def _run(
       carries: which of them carry the network's input.
       alone: whether nothing that does is still to be read outside.
     """
-    closed = isinstance(program, ClosedJaxpr)
-    jaxpr, consts = (program.jaxpr, program.consts) if closed else (program, [])
+    jaxpr, consts = opened(program)
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     # A scalar is a number of the program, as the 0 of a ReLU, and no parameter.
     consts = [unsigned(const) if const.ndim else const for const in consts]
