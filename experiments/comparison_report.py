@@ -12,6 +12,7 @@ import numpy as np
 
 from configs import base
 from experiments import report, seeds
+from experiments.files import replaced
 
 METHODS = ("static", "set", "rigl", "magnitude", "dense")
 _READING = "\n## Reading\n"
@@ -147,6 +148,8 @@ def write_page(
         "runs": runs,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + heading + kept)
-    out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n")
+    with replaced(path) as file:
+        file.write(text + heading + kept)
+    with replaced(out.with_suffix(".json")) as file:
+        file.write(json.dumps(raw, indent=1) + "\n")
     print(text)

@@ -21,51 +21,44 @@ of them is written: tables (OUT.md; what it says under "Reading" is kept), each 
 """
 
 import pathlib
-import shlex
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import (  # noqa: E402
     data,
+    kept_flags,
     lottery_masks,
     lottery_report,
     lottery_runs,
 )
 from experiments.lottery_measure import measure  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="File of the recipe.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "The results' path, no suffix.", required=True)
 _BRANCHES = flags.DEFINE_list("branches", list(lottery_masks.COMPARED), "Of a round.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=2)
-_SHARD = flags.DEFINE_string("shard", None, "I/N: train only this part of the runs.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Of timing a ticket.")
-flags.mark_flag_as_required("config")
+flags.adopt_module_key_flags(kept_flags)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"These arguments are not flags: {argv[1:]}")
+    kept_flags.check_no_others(argv)
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes.
-    config = _CONFIG.value
+    config = kept_flags.CONFIG.value
     dataset = data.load(config.data)
-    runs = lottery_runs.runs(_BRANCHES.value, config.rounds, _SEEDS.value)
-    if _SHARD.value:
-        runs = lottery_runs.part(runs, _SHARD.value)
-        lottery_runs.train_missing(_WORKDIR.value, config, dataset, runs)
-        return
-    lottery_runs.train_missing(_WORKDIR.value, config, dataset, runs)
-    lottery_report.write(
-        pathlib.Path(_OUT.value),
-        config,
-        measure(_WORKDIR.value, config, dataset, runs, _SECONDS.value),
-        command=shlex.join(["python", "experiments/lottery.py", *sys.argv[1:]]),
-    )
+    runs = lottery_runs.runs(_BRANCHES.value, config.rounds, kept_flags.SEEDS.value)
+    if kept_flags.SHARD.value:
+        runs = lottery_runs.part(runs, kept_flags.SHARD.value)
+    workdir = kept_flags.WORKDIR.value
+    lottery_runs.train_missing(workdir, config, dataset, runs)
+    if not kept_flags.SHARD.value:
+        lottery_report.write(
+            pathlib.Path(kept_flags.OUT.value),
+            config,
+            measure(workdir, config, dataset, runs, _SECONDS.value),
+            command=kept_flags.command(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """One run of a lottery: a round of pruning, or what is trained under its masks."""
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -13,11 +12,11 @@ import numpy as np
 from flax import nnx
 
 from configs import base
-from experiments import build, data, lottery_masks
+from experiments import build, data, given_masks, lottery_masks
 from experiments.kept_runs import Run
 from experiments.state import State, Training, mask
 from experiments.steps import evaluate, make_eval_step, make_train_step
-from sparsejax import compaction, lottery, sparse_optax
+from sparsejax import compaction, lottery
 from sparsejax.masks.layout import named_leaves
 
 # The rounds themselves, and the dense network from the snapshot that they go back to.
@@ -51,12 +50,7 @@ class Trainer:
         self, config: base.Lottery, dataset: data.Dataset, workdir: pathlib.Path
     ):
         self._config, self._dataset, self._workdir = config, dataset, workdir
-        dense = dataclasses.replace(config.sparse, method="dense")
-        self._dense = build.optimizer(
-            dataclasses.replace(config, sparse=dense), key=jax.random.key(0)
-        )
-        # What `static` updates does not depend on the masks that it starts with.
-        self._tx = sparse_optax.static(self._dense, sparsity=0.0)
+        self._optimizer = given_masks.optimizer_maker(config)
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self._draw = jax.jit(lambda key: nnx.as_pure(nnx.state(self._model(key))))
         self._like = jax.eval_shape(self._draw, jax.random.key(0))
@@ -202,9 +196,7 @@ class Trainer:
     def _modules(self, state: State, masks: Any) -> dict[str, Any]:
         """Return a model of these arrays under masks, and a new optimizer."""
         model = nnx.merge(self._network, state)
-        tx = sparse_optax.static(self._dense, masks=masks)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        optimizer.tx = self._tx
+        optimizer = self._optimizer(model, masks)
         mask(model, optimizer)
         return {"model": model, "optimizer": optimizer}
 
@@ -218,9 +210,9 @@ class Trainer:
         masks = self._whole(jax.tree.map(lambda _: None, self._params(self._like)))
         modules = nnx.eval_shape(self._modules, self._like, masks)
         graphdef, abstract = nnx.split(modules)
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
-        abstract = jax.tree.map(place, nnx.as_pure(abstract))
-        return Training(self._config, graphdef, abstract, lambda: abstract, True)
+        return given_masks.training(
+            self._config, graphdef, nnx.as_pure(abstract), self._device
+        )
 
     @functools.cached_property
     def _finder(self) -> lottery_masks.Finder:

@@ -23,56 +23,51 @@ minutes.
 """
 
 import pathlib
-import shlex
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import (  # noqa: E402
     data,
+    kept_flags,
     kept_runs,
     structured_report,
     structured_runs,
 )
 from experiments.structured_measure import measure  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="File of the recipe.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "The results' path, no suffix.", required=True)
 _METHODS = flags.DEFINE_list(
     "methods", list(structured_runs.METHODS), "What to compare."
 )
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.99"], "Of the runs.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=2)
-_SHARD = flags.DEFINE_string("shard", None, "I/N: train only this part of the runs.")
 _SECONDS = flags.DEFINE_float("seconds", 0.6, "Of timing a network at a batch size.")
-flags.mark_flag_as_required("config")
+flags.adopt_module_key_flags(kept_flags)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"These arguments are not flags: {argv[1:]}")
-    config = _CONFIG.value
+    kept_flags.check_no_others(argv)
+    config = kept_flags.CONFIG.value
     dataset = data.load(config.data)
     compared = structured_runs.settings(
         config.sparse, _METHODS.value, [float(value) for value in _SPARSITIES.value]
     )
-    runs = [(sparse, seed) for seed in range(_SEEDS.value) for sparse in compared]
-    if _SHARD.value:
-        runs = kept_runs.part(runs, _SHARD.value)
-        structured_runs.train_missing(_WORKDIR.value, config, dataset, runs)
-        return
-    structured_runs.train_missing(_WORKDIR.value, config, dataset, runs)
-    structured_report.write(
-        pathlib.Path(_OUT.value),
-        config,
-        measure(_WORKDIR.value, config, dataset, runs, _SECONDS.value),
-        command=shlex.join(["python", "experiments/structured.py", *sys.argv[1:]]),
-    )
+    runs = [
+        (sparse, seed) for seed in range(kept_flags.SEEDS.value) for sparse in compared
+    ]
+    if kept_flags.SHARD.value:
+        runs = kept_runs.part(runs, kept_flags.SHARD.value)
+    workdir = kept_flags.WORKDIR.value
+    structured_runs.train_missing(workdir, config, dataset, runs)
+    if not kept_flags.SHARD.value:
+        structured_report.write(
+            pathlib.Path(kept_flags.OUT.value),
+            config,
+            measure(workdir, config, dataset, runs, _SECONDS.value),
+            command=kept_flags.command(),
+        )
 
 
 if __name__ == "__main__":

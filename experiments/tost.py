@@ -21,51 +21,44 @@ side; without it the report is written in the end: tables (OUT.md; what it says 
 """
 
 import pathlib
-import shlex
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 from experiments import (  # noqa: E402
     data,
+    kept_flags,
     kept_runs,
     tost_masks,
     tost_report,
     tost_runs,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="File of the recipe.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=True)
-_OUT = flags.DEFINE_string("out", None, "The results' path, no suffix.", required=True)
 _SOURCES = flags.DEFINE_list("sources", list(tost_masks.SOURCES), "Of the masks.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98"], "Of the masks.")
 _TRICKS = flags.DEFINE_list("tricks", list(tost_runs.TRICKS), "vanilla: none.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=2)
-_SHARD = flags.DEFINE_string("shard", None, "I/N: train only with this part of masks.")
-flags.mark_flag_as_required("config")
+flags.adopt_module_key_flags(kept_flags)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"These arguments are not flags: {argv[1:]}")
-    config = _CONFIG.value
+    kept_flags.check_no_others(argv)
+    config = kept_flags.CONFIG.value
     dataset = data.load(config.data)
     sparsities = [float(value) for value in _SPARSITIES.value]
-    cells = tost_runs.cells(_SOURCES.value, sparsities, _SEEDS.value)
-    if _SHARD.value:
-        cells = kept_runs.part(cells, _SHARD.value)
+    cells = tost_runs.cells(_SOURCES.value, sparsities, kept_flags.SEEDS.value)
+    if kept_flags.SHARD.value:
+        cells = kept_runs.part(cells, kept_flags.SHARD.value)
     runs = tost_runs.runs(cells, _TRICKS.value)
-    tost_runs.train_missing(_WORKDIR.value, config, dataset, runs)
-    if not _SHARD.value:
+    tost_runs.train_missing(kept_flags.WORKDIR.value, config, dataset, runs)
+    if not kept_flags.SHARD.value:
         tost_report.write(
-            pathlib.Path(_OUT.value),
+            pathlib.Path(kept_flags.OUT.value),
             config,
-            tost_runs.read(_WORKDIR.value, runs),
-            command=shlex.join(["python", "experiments/tost.py", *sys.argv[1:]]),
+            tost_runs.read(kept_flags.WORKDIR.value, runs),
+            command=kept_flags.command(),
         )
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from configs import base
-from experiments import build, data, kept_runs
+from experiments import build, data, given_masks, kept_runs
 from experiments.kept_runs import Run
-from experiments.state import State, Training
+from experiments.state import State
 from experiments.steps import (
     cross_entropy,
     evaluate,
@@ -23,7 +23,7 @@ from experiments.steps import (
     make_train_step,
 )
 from experiments.tost_masks import Cell, find_masks
-from sparsejax import recipes, sparse_optax
+from sparsejax import recipes
 
 TRICKS = ("vanilla", "neurons", "skips", "smoothing", "rescaling", "all")
 
@@ -113,12 +113,7 @@ class _Trainer:
     def __init__(self, config: base.ToST, dataset: data.Dataset):
         self._config, self._dataset = config, dataset
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        dense = dataclasses.replace(
-            config, sparse=dataclasses.replace(config.sparse, method="dense")
-        )
-        self._dense = build.optimizer(dense, key=jax.random.key(0))
-        # What `static` updates does not depend on the masks that it starts with.
-        self._tx = sparse_optax.static(self._dense, sparsity=0.0)
+        self._optimizer = given_masks.optimizer_maker(config)
         self._programs: dict[Any, _Program] = {}
         self._found = functools.lru_cache(maxsize=1)(self._find)
 
@@ -142,10 +137,7 @@ class _Trainer:
             masks=masks,
         )
         of_start = time.perf_counter() - started
-        tx = sparse_optax.static(self._dense, masks=masks)
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        optimizer.tx = self._tx
-        graphdef, state = self._split(model, optimizer)
+        graphdef, state = self._split(model, self._optimizer(model, masks))
         ghosts = _size(model) - _size(recipes.remove_ghosts(model))
         batches = dataset.train_batches(config.batch_size, seed=seed)
         program = self._program(how, graphdef, state)
@@ -211,9 +203,7 @@ class _Trainer:
         if key not in self._programs:
             smoothing = how.smoothing(self._dataset.num_classes)
             config = dataclasses.replace(self._config, label_smoothing=smoothing)
-            place = functools.partial(jax.ShapeDtypeStruct, sharding=self._device)
-            abstract = jax.tree.map(lambda x: place(x.shape, x.dtype), state)
-            training = Training(config, graphdef, abstract, lambda: state, True)
+            training = given_masks.training(config, graphdef, state, self._device)
             self._programs[key] = _Program(
                 make_train_step(training, self._dataset),
                 make_eval_step(training, self._dataset),
