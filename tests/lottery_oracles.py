@@ -43,20 +43,31 @@ def count(weights, least):
     return [c for c in range(weights.shape[1]) if weights[:, c].sum() >= least]
 
 
-def regrouped(matrix, parts, rule, min_rows):
-    """Return the mask [rows, columns] and blocks of a matrix without empty lines."""
-    new, blocks = np.zeros_like(matrix), {}
-    for part in sorted(set(parts)):
-        rows = [i for i, own in enumerate(parts) if own == part]
-        if len(rows) < min_rows:
-            continue
-        columns = rule(matrix[rows])
-        for i in rows:
-            for c in columns:
-                new[i, c] = True
-        if columns:
-            blocks[tuple(rows)] = tuple(columns)
-    return new, blocks
+def regrouped(matrix, partition, rule, min_rows, *, repeat):
+    """Return the mask [rows, columns] and blocks of a matrix without empty lines.
+
+    With ``repeat`` the rows that have no block yet go through it all again, until that
+    leads to no more blocks.
+    """
+    new, blocks, left = np.zeros_like(matrix), {}, list(range(len(matrix)))
+    while True:
+        used = [c for c in range(matrix.shape[1]) if any(matrix[i, c] for i in left)]
+        parts = partition(matrix[np.ix_(left, used)]) if left else []
+        fresh = {}
+        for part in sorted(set(parts)):
+            rows = [i for i, own in zip(left, parts, strict=True) if own == part]
+            if len(rows) < min_rows:
+                continue
+            columns = [used[c] for c in rule(matrix[np.ix_(rows, used)])]
+            for i in rows:
+                for c in columns:
+                    new[i, c] = True
+            if columns:
+                fresh[tuple(rows)] = tuple(columns)
+        blocks |= fresh
+        left = [i for i in left if not any(i in rows for rows in fresh)]
+        if not repeat or not fresh:
+            return new, blocks
 
 
 def pruned(flat_mask, flat_weights, rate):

@@ -6,7 +6,7 @@ between two trainings.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ class Regrouped(NamedTuple):
     blocks: tuple[Block, ...]  # rows and columns, ascending, int32
     fallback: bool  # whether there are no blocks, and the mask is the one given
     reason: str  # why there are none; empty where there are
-    assignment: np.ndarray  # int32 [out], the group of each row; -1: of none
+    assignment: np.ndarray  # int32 [out], the last group of each row; -1: of none
     seed: int  # that the partitioner was given
 
 
@@ -69,8 +69,7 @@ def regroup(
     ``(r * kw + s) * in + c`` for the tap (r, s) and the input channel c. (The authors
     have ``(c * kh + r) * kw + s``.)
 
-    Rows that are not empty are partitioned into groups, once, as in the released code
-    (the paper's algorithm goes on with what is left). Of each group of enough rows,
+    Rows that are not empty are partitioned into groups. Of each group of enough rows,
     the columns in which most of its rows have a weight are taken, K of them:
 
     - "exact": the least K such that for every row ``K > ratio * L``, L being the number
@@ -82,7 +81,9 @@ def regroup(
       ``ratio * max(weights of a row)``, there is none where rows are dense, and the
       densities of the paper come out.
     - "count": all columns with a weight in ``column_density`` of the rows, as the
-      paper's algorithm is printed.
+      paper's algorithm is printed. As in it, rows that come into no block are
+      partitioned again, for as long as that finds blocks; in the other modes, as in the
+      released code, they are not. Groups of each partition are numbered on.
 
     Rows and columns make a block. All of it becomes active, and everything outside of
     blocks inactive, rows of groups without a block included. Where there is no block
@@ -130,7 +131,10 @@ def regroup(
       >>> int(found.mask.sum()), found.fallback
       (280, False)
     """
+    if min_rows is None:
+        min_rows = 16 if mode == "count" else 17
     _check(mask, groups, mode, ratio, column_density)
+    _check_least(min_rows=min_rows, min_columns=min_columns)
     given = np.asarray(mask)
     own = (layout or Layout()).resolve(given.ndim)
     if own.batch:
@@ -140,45 +144,45 @@ def regroup(
         )
     matrix = _to_rows(given, own)
     assignment = np.full(len(matrix), -1, np.int32)
-    if min_rows is None:
-        min_rows = 16 if mode == "count" else 17
-
-    def fall_back(reason: str) -> Regrouped:
-        return Regrouped(given.copy(), (), True, reason, assignment, seed)
-
-    rows, columns = np.flatnonzero(matrix.any(1)), np.flatnonzero(matrix.any(0))
-    if math.prod(given.shape[i] for i in own.inputs) == 1:
-        return fall_back("it has one input channel, as depthwise kernels have")
-    if len(rows) < min_rows:
-        return fall_back(f"{len(rows)} rows are not empty; a block needs {min_rows}")
-
-    incidence = matrix[np.ix_(rows, columns)]
-    parts = _checked_parts(partitioner(incidence, groups, seed), len(rows), groups)
-    assignment[rows] = parts
-    clusters = _clusters(parts, groups)
-    large = [cluster for cluster in clusters if len(cluster) >= min_rows]
-    if not large:
-        most = len(clusters[0])
-        return fall_back(f"the largest group has {most} rows; a block needs {min_rows}")
-
     choose = {
         "exact": lambda weights: _columns.exact(weights, ratio),
         "stale": lambda weights: _columns.stale(weights, ratio),
         "count": lambda weights: _columns.count(weights, column_density, min_columns),
     }[mode]
-    blocks = []
-    for cluster in large:
-        weights = incidence[cluster]
-        order = np.argsort(-weights.sum(0), kind="stable")
-        k = choose(weights[:, order])
-        if k:
-            chosen = columns[np.sort(order[:k])]
-            blocks.append((rows[cluster].astype(np.int32), chosen.astype(np.int32)))
+
+    def fall_back(reason: str) -> Regrouped:
+        return Regrouped(given.copy(), (), True, reason, assignment, seed)
+
+    rows = np.flatnonzero(matrix.any(1))
+    if math.prod(given.shape[i] for i in own.inputs) == 1:
+        return fall_back("it has one input channel, as depthwise kernels have")
+    if len(rows) < min_rows:
+        return fall_back(f"{len(rows)} rows are not empty; a block needs {min_rows}")
+
+    blocks: list[Block] = []
+    filled, first = np.zeros_like(matrix), 0
+    while len(rows) >= min_rows:
+        columns = np.flatnonzero(matrix[rows].any(0))
+        incidence = matrix[np.ix_(rows, columns)]
+        parts = _checked_parts(partitioner(incidence, groups, seed), len(rows), groups)
+        assignment[rows] = first + parts
+        found = [
+            (rows[in_rows].astype(np.int32), columns[in_columns].astype(np.int32))
+            for in_rows, in_columns in _in_groups(incidence, parts, choose, min_rows)
+        ]
+        for block in found:
+            filled[np.ix_(*block)] = True
+        blocks += found
+        if mode != "count" or not found:
+            break
+        rows, first = rows[~filled[rows].any(1)], first + groups
     if not blocks:
+        most = np.bincount(assignment[assignment >= 0]).max()
+        if most < min_rows:
+            return fall_back(
+                f"the largest group has {most} rows; a block needs {min_rows}"
+            )
         return fall_back(f"no group of rows has enough columns in common ({mode})")
-    filled = np.zeros_like(matrix)
-    for block in blocks:
-        filled[np.ix_(*block)] = True
     new = _from_rows(filled, given.shape, own)
     return Regrouped(new, tuple(blocks), False, "", assignment, seed)
 
@@ -233,11 +237,29 @@ def regroup_tree(
     return RegroupedTree(tree_at(marked, new), layers)
 
 
-def _clusters(parts: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Return the rows of each group, the largest first, equals by their first row."""
-    clusters = [np.flatnonzero(parts == group) for group in range(groups)]
-    clusters = [cluster for cluster in clusters if len(cluster)]
-    return sorted(clusters, key=lambda cluster: (-len(cluster), cluster[0]))
+def _in_groups(
+    incidence: np.ndarray,
+    parts: np.ndarray,
+    choose: Callable[[np.ndarray], int],
+    min_rows: int,
+) -> list[Block]:
+    """Return the blocks in groups of rows, of the largest group first.
+
+    Args:
+      incidence: bool [rows, columns].
+      parts: int [rows], the group of each.
+      choose: how many columns a block takes, of bool [rows of a group, columns], in
+        which the columns with most weights come first.
+      min_rows: of a block.
+    """
+    clusters = [np.flatnonzero(parts == group) for group in np.unique(parts)]
+    blocks = []
+    for cluster in sorted(clusters, key=lambda cluster: (-len(cluster), cluster[0])):
+        weights = incidence[cluster]
+        order = np.argsort(-weights.sum(0), kind="stable")
+        if len(cluster) >= min_rows and (k := choose(weights[:, order])):
+            blocks.append((cluster, np.sort(order[:k])))
+    return blocks
 
 
 def _to_rows(array: np.ndarray, own: Layout) -> np.ndarray:
@@ -274,6 +296,14 @@ def _check(mask: Any, groups: Any, mode: Any, ratio: Any, column_density: Any) -
         raise ValueError(
             f"regroup(column_density=...) must lie in (0, 1], got {column_density!r}."
         )
+
+
+def _check_least(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"regroup({name}=...) must be an integer of at least 1, got {value!r}."
+            )
 
 
 def _checked_parts(parts: Any, rows: int, groups: int) -> np.ndarray:

@@ -28,6 +28,11 @@ def by_first_column(incidence, groups, seed):
     return parts
 
 
+def by_count(incidence, groups, seed):
+    """Group rows by their number of weights, whatever their order."""
+    return incidence.sum(1) % groups
+
+
 def planted(m, clusters=8, rows=32, seed=0):
     """Return a shuffled mask [n, out] of dense blocks, and each row's and column's."""
     rng = np.random.default_rng(seed)
@@ -143,48 +148,71 @@ def test_stale_rule_finds_nothing_in_dense_rows():
 
 @st.composite
 def matrices(draw):
-    """Draw a mask [out, n] without empty rows and columns, and its groups."""
-    rows, columns = draw(st.integers(4, 14)), draw(st.integers(3, 20))
+    """Draw a mask [out, n] without empty rows and columns."""
+    rows, columns = draw(st.integers(4, 24)), draw(st.integers(3, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     matrix = rng.random((rows, columns)) < draw(st.sampled_from([0.1, 0.3, 0.6, 0.9]))
     matrix[:, 0] = matrix[0] = True
-    parts = rng.integers(0, 3, rows)
-    return matrix, parts
+    return matrix
 
 
 @given(matrices(), st.sampled_from(MODES), st.sampled_from([0.7, 1.0, 1.5]))
-def test_regroup_is_that_of_the_oracle(case, mode, ratio):
-    matrix, parts = case
+def test_regroup_is_that_of_the_oracle(matrix, mode, ratio):
     rules = {
         "exact": functools.partial(oracles.exact, ratio=ratio),
         "stale": functools.partial(oracles.stale, ratio=ratio),
         "count": lambda weights: oracles.count(weights, 0.5 * len(weights)),
     }
     found = lottery.regroup(
-        matrix.T,
-        groups=3,
-        mode=mode,
-        ratio=ratio,
-        min_rows=2,
-        partitioner=lambda *_: parts,
+        matrix.T, groups=3, mode=mode, ratio=ratio, min_rows=2, partitioner=by_count
     )
     check_structure(matrix.T, found)
-    expected, blocks = oracles.regrouped(matrix, parts, rules[mode], 2)
+    partition = lambda rows: by_count(rows, 3, 0)
+    expected, blocks = oracles.regrouped(
+        matrix, partition, rules[mode], 2, repeat=mode == "count"
+    )
     assert found.fallback == (not blocks)
     assert {tuple(rows): tuple(cols) for rows, cols in found.blocks} == blocks
     if blocks:
         np.testing.assert_array_equal(found.mask.T, expected)
 
 
+def test_rows_without_a_block_are_partitioned_again_by_count_alone():
+    matrix = np.zeros((12, 40), bool)
+    matrix[:6, :20] = True  # more rows than the others, which come to one group
+    matrix[6:9, 20:30] = matrix[9:, 30:] = True
+    asked = []
+
+    def partition(incidence, groups, seed):
+        asked.append(incidence.shape)
+        return np.arange(len(incidence)) // 6
+
+    run = functools.partial(
+        lottery.regroup, matrix.T, groups=2, min_rows=3, partitioner=partition
+    )
+    found = run(mode="count", column_density=0.6)
+    assert asked == [(12, 40), (6, 20)] and len(found.blocks) == 1
+    assert found.assignment.tolist() == [0] * 6 + [2] * 6  # of the last partition
+
+    halves = lambda incidence, groups, seed: (
+        np.arange(len(incidence)) // (len(incidence) // 2)
+    )
+    found = run(mode="count", column_density=0.6, partitioner=halves)
+    check_structure(matrix.T, found)
+    np.testing.assert_array_equal(found.mask.T, matrix)
+    assert found.assignment.tolist() == [0] * 6 + [2] * 3 + [3] * 3
+    once = run(mode="exact", ratio=1, partitioner=halves)
+    assert set(once.assignment.tolist()) == {0, 1}
+
+
 @given(matrices(), st.integers(0, 99))
-def test_order_of_rows_does_not_matter(case, seed):
-    matrix, parts = case
+def test_order_of_rows_does_not_matter(matrix, seed):
     order = np.random.default_rng(seed).permutation(len(matrix))
     for mode in ("exact", "count"):
-        run = lambda rows, parts, mode=mode: lottery.regroup(
-            rows.T, groups=3, mode=mode, min_rows=2, partitioner=lambda *_: parts
+        run = lambda rows, mode=mode: lottery.regroup(
+            rows.T, groups=3, mode=mode, min_rows=2, partitioner=by_count
         )
-        straight, shuffled = run(matrix, parts), run(matrix[order], parts[order])
+        straight, shuffled = run(matrix), run(matrix[order])
         np.testing.assert_array_equal(straight.mask.T[order], shuffled.mask.T)
 
 
@@ -290,6 +318,8 @@ def test_random_groups_are_balanced():
         ({"groups": 1}, "at least 2"),
         ({"mode": "all"}, "mode=.*stale.*got 'all'"),
         ({"ratio": 0}, "ratio=.*positive"),
+        ({"min_rows": 0}, "min_rows=.*at least 1, got 0"),
+        ({"min_columns": 0.5}, "min_columns=.*integer"),
         ({"column_density": 1.5}, "column_density=.*(0, 1]"),
         ({"layout": masks.Layout(batch=(0,), inputs=())}, "stacks layers"),
         ({"partitioner": lambda *_: np.zeros(5, int)}, "0 to 7 for each of the 64"),
