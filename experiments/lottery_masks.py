@@ -120,12 +120,4 @@ _REGROUPED: dict[str, dict[str, Any]] = {
 STRUCTURED = ("refill", "refill+", *_REGROUPED)
 BRANCHES = (*STRUCTURED, "random")
 # Of these an experiment has all, unless it asks for others.
-COMPARED = (
-    "refill",
-    "refill+",
-    "regroup",
-    "regroup-count",
-    f"refill{REINIT}",
-    f"regroup{REINIT}",
-    "random",
-)
+COMPARED = (*BRANCHES, f"refill{REINIT}", f"regroup{REINIT}")
