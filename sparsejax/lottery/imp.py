@@ -1,6 +1,6 @@
 """Iterative magnitude pruning: train, prune, go back to an early snapshot, repeat."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -131,6 +131,7 @@ def iterative_magnitude_pruning(
     if resume is not None:
         _check_same_state("resume=...", state, resume.snapshot)
         check_same_leaves(f"{_OWNER}(resume=...)", params, resume.masks)
+        _check_same_choice(leaves, named_leaves(resume.masks))
 
     def next_round(last: Round) -> Round:
         index, masks, snapshot = last.index + 1, last.masks, last.snapshot
@@ -254,6 +255,16 @@ def _check_rate(owner: str, rate: Any, scope: Any) -> None:
     if scope not in ("global", "layer"):
         raise ValueError(
             f'{owner}(scope=...) must be "global" or "layer", got {scope!r}.'
+        )
+
+
+def _check_same_choice(leaves: Iterable[str], masked: Iterable[str]) -> None:
+    """Raise ValueError unless the masks of a round are those of the leaves to prune."""
+    if differing := sorted(set(leaves) ^ set(masked)):
+        raise ValueError(
+            f"{_OWNER}(resume=...) must be a round with masks for the leaves that "
+            "where= selects, got one without, or one that is not selected, for "
+            f"{', '.join(differing)}; pass the where= of that round."
         )
 
 

@@ -179,6 +179,8 @@ def test_any_round_can_be_resumed_from(experiment, tmp_path):
         for found, expected in zip(later, rounds[index + 1 :], strict=False):
             same(found, expected)
     assert list(run(Trainer(), resume=restore(index=3))) == []
+    with pytest.raises(ValueError, match="where= selects, .* for layers/1; pass the"):
+        run(Trainer(), resume=restore(index=1), where=lambda path, _: "0" in path)
 
 
 def test_rounds_are_never_overwritten_nor_taken_for_another(experiment, tmp_path):
