@@ -1,5 +1,6 @@
 """The tables and the picture of a lottery: which tickets win, and what they save."""
 
+import itertools
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from experiments.comparison_report import fill, percent, versions, write_page
 from experiments.kept_runs import Run
 from experiments.lottery_masks import REINIT, STRUCTURED
 from experiments.lottery_measure import BATCH, ROUND_TO
-from experiments.lottery_train import IMP
+from experiments.lottery_train import IMP, REWOUND
 
 # Runs by round and branch, in the order of their seeds.
 Table = Mapping[tuple[int, str], Sequence[Run]]
@@ -52,10 +53,15 @@ def verdict(runs: Sequence[Run], dense: Sequence[Run]) -> str:
 def accuracy_table(table: Table) -> str:
     """Return what all networks reach."""
     dense = table[0, IMP]
+    references = {
+        name: _column(runs, "test_accuracy")
+        for name, runs in _references(table).items()
+    }
     rows = []
     for (index, branch), runs in table.items():
-        accuracy, reference = (_column(r, "test_accuracy") for r in (runs, dense))
+        accuracy = _column(runs, "test_accuracy")
         is_dense = runs is dense
+        differences = [percent(accuracy - own, "+") for own in references.values()]
         rows.append(
             (
                 str(index),
@@ -63,29 +69,36 @@ def accuracy_table(table: Table) -> str:
                 f"{_sparsity(runs):.1%}",
                 f"{_column(runs, 'structured_fraction').mean():.0%}",
                 percent(accuracy),
-                "" if is_dense else percent(accuracy - reference, "+"),
-                "" if is_dense else reaches(accuracy, reference),
+                *differences,
+                "" if is_dense else reaches(accuracy, references["dense"]),
                 verdict(runs, dense) if branch in STRUCTURED else "",
             )
         )
-    header = "round|network|sparsity|in structure|test accuracy, %|minus dense, points"
-    header += "|as good as dense|winning ticket"
-    return report.markdown_table(header.split("|"), rows)
+    header = ["round", "network", "sparsity", "in structure", "test accuracy, %"]
+    header += [f"minus {name}, points" for name in references]
+    header += ["as good as dense", "winning ticket"]
+    return report.markdown_table(header, rows)
 
 
 def winners_table(table: Table) -> str:
-    """Return the sparsest ticket of each branch that wins."""
+    """Return the sparsest ticket of each branch that wins, by what it is held against.
+
+    The paper holds tickets against the dense network, which lacks their early steps.
+    """
     rows = []
-    for branch in _branches(table):
+    for branch, (name, reference) in itertools.product(
+        _branches(table), _references(table).items()
+    ):
         of_branch = [runs for (_, own), runs in table.items() if own == branch]
-        wins = [(verdict(runs, table[0, IMP]), runs) for runs in of_branch]
+        wins = [(verdict(runs, reference), runs) for runs in of_branch]
         cells = []
         for allowed in (("strict",), ("strict", "within std")):
             won = [runs for how, runs in wins if how in allowed]
             best = max(won, key=_sparsity, default=None)
             cells += ["none", ""] if best is None else [_told(best), _speed(best)]
-        rows.append((branch, *cells))
-    header = "ticket|sparsest strict|times faster|sparsest within std|times faster"
+        rows.append((branch, name, *cells))
+    header = "ticket|beside|sparsest strict|times faster|sparsest within std"
+    header += "|times faster"
     return report.markdown_table(header.split("|"), rows)
 
 
@@ -138,9 +151,12 @@ def picture(table: Table) -> Figure:
     """Draw accuracy over sparsity, and over the speed of what has structure."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    dense = 100 * _column(table[0, IMP], "test_accuracy")
+    dense, rewound = (
+        100 * _column(runs, "test_accuracy") for runs in _references(table).values()
+    )
     for ax in panels:
         ax.axhline(dense.mean(), color="black", linewidth=1)
+        ax.axhline(rewound.mean(), color="black", linewidth=1, linestyle=":")
         band = dense.mean() + dense.std(ddof=1) * np.array([-1, 1])
         ax.axhspan(*band, color="black", alpha=0.1, linewidth=0)
         ax.grid(alpha=0.3)
@@ -179,7 +195,7 @@ def write(
     table = by_setting(runs)
     num_seeds = len({run["seed"] for run in runs})
     dense = table[0, IMP]
-    about = f"""Means over {num_seeds} seeds with 95 % t-intervals; "minus dense" is
+    about = f"""Means over {num_seeds} seeds with 95 % t-intervals; differences are
         paired by seed. Accuracy of the last step on the whole test set. Sparsity is of
         the {dense[0]["size"]:,} weights of the convolutions but the stem's; "in
         structure" is the part of them in layers that keep whole channels, or blocks.
@@ -187,8 +203,9 @@ def write(
         it less the dense network's standard deviation over seeds,
         {100 * _column(dense, "test_accuracy").std(ddof=1):.2f} points. A winning
         ticket is trained from the rewound weights, and has more than
-        {_MIN_STRUCTURED:.0%} of the weights in structure. In the picture the grey band
-        is one standard deviation of the dense network, and bars are intervals."""
+        {_MIN_STRUCTURED:.0%} of the weights in structure. In the picture the line is
+        the dense network with a band of one standard deviation, the dotted line
+        {REWOUND}, and bars are intervals."""
     kinds = f"""imp: iterative magnitude pruning itself. refill: whole channels of each
         layer, as many as its weights fill, and all that takes part in the others
         masked, so that they can be removed; it is therefore sparser than the round.
@@ -250,6 +267,11 @@ def _recipe(config: base.Lottery) -> str:
         {round(config.rewind_fraction * config.num_steps)} of the dense training, and
         train for all steps from there, with an empty momentum and the learning rate
         and images from the start, as in the paper's code."""
+
+
+def _references(table: Table) -> dict[str, Sequence[Run]]:
+    """Return the networks with all weights that others are held against."""
+    return {"dense": table[0, IMP], REWOUND: table[0, REWOUND]}
 
 
 def _branches(table: Table) -> list[str]:
