@@ -17,12 +17,8 @@ About two minutes on 2 idle CPU cores.
 
 import argparse
 import functools
-import json
 import math
-import os
 import pathlib
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,6 +31,7 @@ import numpy as np
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
+from benchmarks import pages  # noqa: E402
 from benchmarks.block_sparse_layers import NETWORKS, Layer  # noqa: E402
 from sparsejax.serving import Blocks  # noqa: E402
 from sparsejax.serving.block_sparse_choice import (  # noqa: E402
@@ -185,27 +182,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for the tables")
     args = parser.parse_args()
     networks = measure_all(args.batch, args.seconds)
-    machine = {
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     parts = [f"Batch {args.batch}. {READING}"]
     for name, rows in networks.items():
         parts += [f"## {name}", table(rows), total(name, rows.values())]
     errors = [row["error"] for rows in networks.values() for row in rows.values()]
     parts.append(f"Largest relative difference between forms: {max(errors):.0e}.")
-    text = "\n\n".join(parts)
-    print(f"\n{text}\n\n{facts}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine, "batch": args.batch, "networks": networks}
-        command = shlex.join(["python", "benchmarks/block_sparse.py", *sys.argv[1:]])
-        note = f"Made by `{command}`: {facts}."
-        (args.out / "block_sparse.md").write_text(f"{note}\n\n{text}\n")
-        (args.out / "block_sparse.json").write_text(json.dumps(figures, indent=1))
+    figures = {"batch": args.batch, "networks": networks}
+    pages.publish("block_sparse", "\n\n".join(parts), figures, args.out)
 
 
 if __name__ == "__main__":

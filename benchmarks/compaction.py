@@ -14,24 +14,20 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.util
-import json
 import multiprocessing
-import os
 import pathlib
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
+from benchmarks import pages  # noqa: E402
 from benchmarks.compaction_networks import CASES, with_random_weights  # noqa: E402
 from experiments import timing  # noqa: E402
 from sparsejax import analysis  # noqa: E402
@@ -219,24 +215,9 @@ def main() -> None:
     args = parser.parse_args()
     wanted = lambda name: not args.only or any(part in name for part in args.only)
     rows = measure_all([name for name in CASES if wanted(name)], args)
-    machine = {
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "backend": jax.default_backend(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     parts = [table(rows, args.batch), READING, aims(rows)]
     text = "\n\n".join(filter(None, parts))
-    print(f"\n{text}\n\n{facts}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine, "rows": rows}
-        command = shlex.join(["python", "benchmarks/compaction.py", *sys.argv[1:]])
-        note = f"Made by `{command}`: {facts}."
-        (args.out / "compaction.md").write_text(f"{note}\n\n{text}\n")
-        (args.out / "compaction.json").write_text(json.dumps(figures, indent=1))
+    pages.publish("compaction", text, {"rows": rows}, args.out, packages=["flax"])
 
 
 if __name__ == "__main__":

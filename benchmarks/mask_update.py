@@ -16,10 +16,7 @@ longer exists; it is put back as it was.
 """
 
 import argparse
-import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -32,7 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax import sparse_optax
+# A script finds its own folder first; the modules are named from the repository root.
+sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
+from benchmarks import pages  # noqa: E402
+from sparsejax import sparse_optax  # noqa: E402
 
 SPARSITY = 0.8
 NEVER = 10**9
@@ -312,26 +313,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, help="folder for the table")
     args = parser.parse_args()
-    machine = {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "backend": jax.default_backend(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
     rows = measure(args.rounds)
     peer = measure_peer(args.peer, args.rounds) if args.peer else {}
-    text = table(rows, peer)
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    print(f"{text}\n\n{facts}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine, "sparsejax": rows, "jaxpruner": peer}
-        command = "python benchmarks/mask_update.py" + " --peer PATH" * bool(peer)
-        note = f"Made by `{command}`: {facts}. Medians; ResNet-50's parameters.\n"
-        stem = args.out / ("mask_update" if peer else "mask_update_alone")
-        stem.with_suffix(".md").write_text(f"{note}\n{text}\n")
-        stem.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    pages.publish(
+        "mask_update" if peer else "mask_update_alone",
+        f"Medians; ResNet-50's parameters.\n\n{table(rows, peer)}",
+        {"sparsejax": rows, "jaxpruner": peer},
+        args.out,
+        packages=["optax"],
+        hidden=args.peer,
+    )
 
 
 if __name__ == "__main__":

@@ -13,24 +13,21 @@ that are made before somebody asks.
 """
 
 import argparse
-import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from absl import flags
 
 # A script finds its own folder first; the modules are named from the repository root.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
-from benchmarks import photographs, steps_in_turn  # noqa: E402
+from benchmarks import pages, photographs, steps_in_turn  # noqa: E402
 from configs import base  # noqa: E402
 from experiments import data  # noqa: E402
 from experiments.data import prepare  # noqa: E402
@@ -135,29 +132,16 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for the tables")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
-    machine = {
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
     networks = steps_in_turn.networks(*args.batches)
     figures = {
-        "machine": machine,
         "steps": steps_in_turn.measure(args.step_seconds, networks),
         "input": measure_input(args.seconds),
     }
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = (
         f"## Steps\n\n{table(figures['steps'])}\n\n"
         f"## Input\n\n{table(figures['input'])}"
     )
-    print(f"{text}\n\n{facts}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        note = f"Made by `python benchmarks/train_step.py`: {facts}.\n"
-        (args.out / "train_step.md").write_text(f"{note}\n{text}\n")
-        (args.out / "train_step.json").write_text(json.dumps(figures, indent=1))
+    pages.publish("train_step", text, figures, args.out)
 
 
 if __name__ == "__main__":
