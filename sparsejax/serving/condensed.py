@@ -1,10 +1,8 @@
 """Linear layers of constant fan-in, computed from their weights alone.
 
 A neuron reads k of the inputs: it has k weights and k indices, and the layer two arrays
-[neurons, k]. What it saves is memory. It does fewer multiply-adds than a dense layer,
-but gathers what it multiplies: with a tenth of the weights of a layer from 768 to 3072,
-on 2 CPU cores, a single vector took 0.7 to 1.4 times as long as with the dense layer,
-and 64 vectors twice as long. Measure before you use it for speed.
+[neurons, k]. It does fewer multiply-adds than a dense layer, but has to gather what it
+multiplies. `benchmarks/condensed.py` measures when that pays.
 """
 
 from typing import NamedTuple
@@ -13,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+# How many weights of each neuron are added up between two looks at the sums.
+_WEIGHTS_AT_ONCE = 4
 
 
 class Condensed(NamedTuple):
@@ -77,13 +78,11 @@ def condensed_linear(
     columns: jax.Array | np.ndarray,
     neurons: jax.Array | np.ndarray,
     n_out: int,
-    *,
-    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """Multiply vectors by the weights of a layer of constant fan-in.
 
     It equals the product with the masked kernel, to rounding, and so do its
-    derivatives. Dead neurons are zero.
+    derivatives. Dead neurons are zero. Sums are in float32 at least.
 
     Args:
       x: float [..., in].
@@ -91,7 +90,6 @@ def condensed_linear(
       columns: int [n, k], the input of each weight; they must be in range.
       neurons: int [n], the output of each row, all different and in range.
       n_out: outputs, dead ones included.
-      precision: of the products.
 
     Returns:
       float [..., n_out].
@@ -118,13 +116,32 @@ def condensed_linear(
             f"{weights.shape}, {columns.shape} and {neurons.shape}."
         )
     vectors = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).T
+    out = _neurons(vectors, weights, jnp.asarray(columns))
+    if len(neurons) < n_out:
+        at = jnp.zeros((n_out, vectors.shape[1]), out.dtype).at[neurons]
+        out = at.set(out, mode="promise_in_bounds", unique_indices=True)
+    return out.T if x.ndim == 2 else out.T.reshape(*x.shape[:-1], n_out)
 
-    def neuron(own: tuple[jax.Array, jax.Array]) -> jax.Array:
-        weight, column = own
+
+def _neurons(vectors: jax.Array, weights: jax.Array, columns: jax.Array) -> jax.Array:
+    """Return [n, batch]: a weight of every neuron by what it reads, and the next."""
+    dtype = jnp.result_type(vectors, weights)
+    exact = jnp.promote_types(dtype, jnp.float32)
+    fan_in = weights.shape[1]
+
+    def product(i: int | jax.Array) -> jax.Array:
+        weight, column = (
+            lax.dynamic_index_in_dim(array, i, axis=1, keepdims=False)
+            for array in (weights, columns)
+        )
         inputs = vectors.at[column].get(mode="promise_in_bounds")
-        return jnp.matmul(weight, inputs, precision=precision)
+        return weight[:, None].astype(exact) * inputs
 
-    alive = lax.map(neuron, (weights, jnp.asarray(columns)))
-    out = jnp.zeros((n_out, *alive.shape[1:]), alive.dtype)
-    out = out.at[neurons].set(alive, mode="promise_in_bounds", unique_indices=True).T
-    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], n_out)
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        first = step * _WEIGHTS_AT_ONCE
+        return sum((product(first + i) for i in range(_WEIGHTS_AT_ONCE)), total)
+
+    steps, rest = divmod(fan_in, _WEIGHTS_AT_ONCE)
+    start = jnp.zeros((len(weights), vectors.shape[1]), exact)
+    total = lax.fori_loop(0, steps, add, start)
+    return sum(map(product, range(fan_in - rest, fan_in)), total).astype(dtype)

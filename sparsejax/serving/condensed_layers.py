@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jax import lax
 
 from sparsejax.serving.condensed import condense, condensed_linear
 
@@ -26,7 +25,6 @@ class CondensedLinear(nnx.Module):
       mask: bool [in, out], equally many True for every neuron that has any.
       bias: [out], or None. Dead neurons have theirs, as in the masked layer.
       dtype: of the computation; None: that of input and parameters.
-      precision: of the products.
       promote_dtype: as in ``nnx.Linear``.
 
     Raises:
@@ -49,7 +47,6 @@ class CondensedLinear(nnx.Module):
         bias: jax.Array | None = None,
         *,
         dtype: Any = None,
-        precision: lax.PrecisionLike = None,
         promote_dtype: Any = dtypes.promote_dtype,
     ):
         weights, columns, neurons, self.n_out = condense(kernel, mask)
@@ -58,7 +55,6 @@ class CondensedLinear(nnx.Module):
         self.neurons = Index(jnp.asarray(neurons))
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
         self.dtype = dtype
-        self.precision = precision
         self.promote_dtype = promote_dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,5 +64,5 @@ class CondensedLinear(nnx.Module):
             (x, self.weights[...], bias), dtype=self.dtype
         )
         index = self.columns[...], self.neurons[...]
-        y = condensed_linear(x, weights, *index, self.n_out, precision=self.precision)
+        y = condensed_linear(x, weights, *index, self.n_out)
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

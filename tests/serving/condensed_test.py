@@ -18,16 +18,17 @@ def constant_fan_in(rng, n_in=12, n_out=9, k=4, dead=(2, 7)):
     return kernel, mask
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_equals_the_masked_linear_layer(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dead", [(2, 7), ()])
+def test_layer_equals_the_masked_linear_layer(dtype, dead):
     rng = np.random.default_rng(0)
-    kernel, mask = constant_fan_in(rng)
+    kernel, mask = constant_fan_in(rng, dead=dead)
     bias = rng.normal(size=9)
     dense = nnx.Linear(12, 9, param_dtype=dtype, rngs=nnx.Rngs(0))
     dense.kernel.set_value(jnp.asarray(kernel, dtype))
     dense.bias.set_value(jnp.asarray(bias, dtype))
     condensed = serving.CondensedLinear(dense.kernel[...], mask, dense.bias[...])
-    assert condensed.weights.shape == (7, 4)
+    assert condensed.weights.shape == (9 - len(dead), 4)
     x = jnp.asarray(rng.normal(size=(2, 3, 12)), dtype)
     y = condensed(x)
     assert y.dtype == dtype
@@ -39,10 +40,28 @@ def test_layer_equals_the_masked_linear_layer(dtype):
     np.testing.assert_allclose(one, exact[0, 0], atol=atol)
 
 
-def test_gradients_equal_those_of_the_masked_kernel():
+def test_sums_of_half_precision_are_exact():
+    x = jnp.ones((8, 4096), jnp.bfloat16)  # in bfloat16, 256 + 1 is 256
+    weights, columns = jnp.ones((2, 1001), x.dtype), np.tile(np.arange(1001), (2, 1))
+    y = serving.condensed_linear(x, weights, columns, np.arange(2), 2)
+    np.testing.assert_array_equal(y, jnp.full((8, 2), 1001, x.dtype))
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_neurons_see_no_input_but_their_own(batch):
+    kernel, mask = constant_fan_in(np.random.default_rng(4), k=3)
+    x = jnp.ones((batch, 12)).at[:, 0].set(jnp.nan)
+    y = serving.condensed_linear(x, *serving.condense(kernel, mask))
+    reads = np.broadcast_to(mask[0], y.shape)
+    np.testing.assert_array_equal(np.isnan(y), reads)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 40])
+@pytest.mark.parametrize("fan_in", [1, 4, 7])
+def test_gradients_equal_those_of_the_masked_kernel(batch, fan_in):
     rng = np.random.default_rng(1)
-    kernel, mask = constant_fan_in(rng)
-    x = jnp.asarray(rng.normal(size=(5, 12)), jnp.float32)
+    kernel, mask = constant_fan_in(rng, n_out=37, k=fan_in)
+    x = jnp.asarray(rng.normal(size=(batch, 12)), jnp.float32)
     weights, columns, neurons, n_out = serving.condense(kernel, mask)
 
     def loss(x, weights):
