@@ -2,8 +2,9 @@
 
 import dataclasses
 
-# Marks what depends on the machine: a run may go on where it is another.
-MACHINE = {"machine": True}
+# Marks what may be another when a run goes on: it depends on the machine, or is only
+# how much is asked for.
+MAY_CHANGE = {"may_change": True}
 
 
 @dataclasses.dataclass
@@ -13,14 +14,14 @@ class Data:
     # "digits", or the name of a tfds image dataset.
     name: str = "digits"
     # Folder of the tfds datasets; empty: the variable SPARSEJAX_DATA_DIR.
-    data_dir: str = dataclasses.field(default="", metadata=MACHINE)
+    data_dir: str = dataclasses.field(default="", metadata=MAY_CHANGE)
     # tfds splits; a part of one is "train[:45000]".
     train_split: str = "train"
     test_split: str = "test"
     # False: all images in memory, decoded once; they must be of one size. True: each
     # is decoded when it is needed, by so many worker processes (0: up to 16 threads).
     stream: bool = False
-    workers: int = dataclasses.field(default=0, metadata=MACHINE)
+    workers: int = dataclasses.field(default=0, metadata=MAY_CHANGE)
     # Height and width that the network sees, of streamed images; 0: as stored. Of the
     # shorter side of test images 7/8 remain, in their middle.
     image_size: int = 0
@@ -152,7 +153,7 @@ class Config:
     # Of activations, "float32" or "bfloat16"; weights are float32.
     dtype: str = "float32"
     # Devices that share each large array; the others have copies.
-    fsdp: int = dataclasses.field(default=1, metadata=MACHINE)
+    fsdp: int = dataclasses.field(default=1, metadata=MAY_CHANGE)
     # In steps. A checkpoint is written where a line is logged.
     log_every: int = 50
     eval_every: int = 250
@@ -182,7 +183,7 @@ class Lottery(Config):
     """Rounds of iterative magnitude pruning, and what their masks are turned into."""
 
     # Prunings, each of this part of the weights that are left.
-    rounds: int = 10
+    rounds: int = dataclasses.field(default=10, metadata=MAY_CHANGE)
     rate: float = 0.2
     # Networks go back to where training was after this part of the steps.
     rewind_fraction: float = 8 / 160

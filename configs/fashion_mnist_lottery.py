@@ -6,9 +6,9 @@
 
 A third of the images' size and 600 steps are what 246 runs can have in three hours of
 a CPU core. A pruning takes 36 % of the weights, as much as two of the paper's, so that
-five rounds come to the density of its ten; three more go on to 2.8 %. Layers have half the channels of those of a
-ResNet-18, and half as many groups of rows, which are thus as large as the paper's: 32
-and 64 rows, in 3x3 convolutions with 91 % of the weights.
+five rounds come to the density of its ten; three more go on to 2.8 %. Layers have half
+the channels of those of a ResNet-18, and half as many groups of rows, which are thus as
+large as the paper's: 32 and 64 rows, in 3x3 convolutions with 91 % of the weights.
 """
 
 from configs import base

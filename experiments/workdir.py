@@ -17,8 +17,8 @@ def claim(
 ) -> pathlib.Path:
     """Make `workdir` the folder of `config`, or find that it is.
 
-    Fields that `configs.base.MACHINE` marks may differ: they are written down, and say
-    where a run was begun.
+    Fields that `configs.base.MAY_CHANGE` marks may differ: they are written down, and
+    say how a run was begun.
 
     Args:
       workdir: a folder; it and its parents are made where they are missing.
@@ -45,7 +45,7 @@ def claim(
     if path.exists():
         theirs = json.loads(path.read_text())
         for saved in (theirs, ours):
-            _forget_machine(saved, config)
+            _forget_free(saved, config)
         differences = _differences(theirs, ours)
         if differences:
             raise ValueError(
@@ -67,15 +67,15 @@ def claim(
     return folder
 
 
-def _forget_machine(saved: dict[str, Any], config: Any) -> None:
+def _forget_free(saved: dict[str, Any], config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if base.MACHINE.items() <= field.metadata.items():
+        if base.MAY_CHANGE.items() <= field.metadata.items():
             saved.pop(field.name, None)
         elif dataclasses.is_dataclass(value) and isinstance(
             saved.get(field.name), dict
         ):
-            _forget_machine(saved[field.name], value)
+            _forget_free(saved[field.name], value)
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:

@@ -319,3 +319,5 @@ def test_a_folder_belongs_to_one_recipe(workdir, dataset):
     other = dataclasses.replace(CONFIG, groups=3)
     with pytest.raises(ValueError, match="config.groups: 2 -> 3"):
         lottery_runs.train_missing(workdir, other, dataset, RUNS)
+    more = dataclasses.replace(CONFIG, rounds=3)
+    lottery_runs.train_missing(workdir, more, dataset, RUNS)  # has them all
