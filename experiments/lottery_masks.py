@@ -116,8 +116,10 @@ _REGROUPED: dict[str, dict[str, Any]] = {
     "regroup-count": {"mode": "count", "partitioner": _partition},
     "regroup-random": {"mode": "stale", "partitioner": _AT_RANDOM},
 }
-# Those that a network runs faster with.
+# Those with whole channels or blocks, and those of them that are executed and timed:
+# blocks of groups at random are as large as others, and "count" finds hardly any.
 STRUCTURED = ("refill", "refill+", *_REGROUPED)
+TIMED = ("refill", "refill+", "regroup", "regroup-exact")
 BRANCHES = (*STRUCTURED, "random")
 # Of these an experiment has all, unless it asks for others.
 COMPARED = (*BRANCHES, f"refill{REINIT}", f"regroup{REINIT}")

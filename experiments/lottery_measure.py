@@ -13,7 +13,7 @@ from flax import nnx
 from configs import base
 from experiments import build, data, kept_runs, lottery_runs, timing
 from experiments.kept_runs import Run
-from experiments.lottery_masks import STRUCTURED
+from experiments.lottery_masks import TIMED
 from experiments.lottery_runs import Ticket
 from experiments.lottery_train import Asked, is_prunable
 from sparsejax import analysis, compaction, serving
@@ -36,7 +36,7 @@ def measure(
     """Execute structured tickets, and compare each with the dense network.
 
     Refilled ones are compacted, those of blocks run from them. Then every layer of
-    every network, the dense one included, takes the form that is fastest for it in
+    every network, the dense one included, takes the form that is best for it by
     `serving.measure_forms`. What is measured is kept, as runs are.
 
     Args:
@@ -47,10 +47,10 @@ def measure(
       seconds: of timing a ticket and the dense networks in turn.
 
     Returns:
-      Each run. Those of `STRUCTURED` have "forms" (by layer), "flops" of an image
+      Each run. Those of `TIMED` have "forms" (by layer), "flops" of an image
       (the ticket's and the dense network's), "error" (largest difference of logits to
       the masked network, relative to the largest), "times" (of a batch, by network:
-      "dense" by XLA's convolutions, "best dense" in the fastest dense forms, "ticket")
+      "dense" by XLA's convolutions, "best dense" in the best dense forms, "ticket")
       and "ratios" (how many times faster than the first two the ticket is), both as
       `timing.median_and_interval` has them.
 
@@ -65,7 +65,7 @@ def measure(
         return measured, {}
 
     trained = lottery_runs.read(workdir, asked)
-    structured = {run["name"]: run for run in trained if run["branch"] in STRUCTURED}
+    structured = {run["name"]: run for run in trained if run["branch"] in TIMED}
     folder = pathlib.Path(workdir) / "measured"
     kept_runs.train_missing(folder, config, structured, of_run)
     measured = dict(zip(structured, kept_runs.read(folder, structured), strict=True))
@@ -81,7 +81,7 @@ class _Clock:
         self._seconds = seconds
         dense = build.model(config.model, dataset, key=jax.random.key(0))
         dense.eval()
-        best, swapped = _in_fastest_forms(dense, {}, self._images, {})
+        best, swapped = _in_best_forms(dense, {}, self._images, {})
         self._known = swapped.measured
         self._flops = analysis.flops(dense, self._images) // BATCH
         self._dense = {
@@ -95,7 +95,7 @@ class _Clock:
         if not ticket.blocks:
             model, _ = compaction.compact(model, images[:1], round_to=ROUND_TO)
             known = {}
-        fast, swapped = _in_fastest_forms(model, ticket.blocks, images, known)
+        fast, swapped = _in_best_forms(model, ticket.blocks, images, known)
         calls = {**self._dense, "ticket": _call(fast, images)}
         times = timing.in_turn(calls, seconds=self._seconds)
         masked, own = np.asarray(ticket.model(images)), np.asarray(fast(images))
@@ -109,13 +109,13 @@ class _Clock:
         }
 
 
-def _in_fastest_forms(
+def _in_best_forms(
     model: nnx.Module,
     blocks: Pairs,
     images: jax.Array,
     known: Mapping[str, serving.Measured],
 ) -> tuple[nnx.Module, serving.Swapped]:
-    """Return a network whose layers have their fastest forms.
+    """Return a network whose layers have their best forms.
 
     A layer without blocks is one block of all its weights, for which the forms are two:
     XLA's convolution, and a product with the unfolded images. Those that are known need

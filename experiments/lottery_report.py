@@ -12,7 +12,7 @@ from configs import base
 from experiments import report, seeds
 from experiments.comparison_report import fill, percent, versions, write_page
 from experiments.kept_runs import Run
-from experiments.lottery_masks import REINIT, STRUCTURED
+from experiments.lottery_masks import REINIT, STRUCTURED, TIMED
 from experiments.lottery_measure import BATCH, ROUND_TO
 from experiments.lottery_train import IMP, REWOUND
 
@@ -106,7 +106,7 @@ def time_table(table: Table) -> str:
     """Return what structured tickets cost, beside the dense network."""
     rows = []
     for (index, branch), runs in table.items():
-        if branch not in STRUCTURED:
+        if branch not in TIMED:
             continue
         own, dense = np.mean([run["flops"] for run in runs], axis=0)
         times = [_medians(runs, "times", n) for n in ("dense", "best dense", "ticket")]
@@ -132,7 +132,7 @@ def time_table(table: Table) -> str:
 
 def forms_table(table: Table) -> str:
     """Return how the layers of structured tickets are executed, over seeds."""
-    structured = {key: r for key, r in table.items() if key[1] in STRUCTURED}
+    structured = {key: r for key, r in table.items() if key[1] in TIMED}
     layers = list(dict.fromkeys(p for r in structured.values() for p in r[0]["forms"]))
     rows = []
     for (index, branch), runs in structured.items():
@@ -178,7 +178,7 @@ def picture(table: Table) -> Figure:
         }
         sparsity = [100 * _sparsity(runs) for runs in of_branch]
         panels[0].errorbar(sparsity, mean, half, label=branch, **style)
-        if branch in STRUCTURED:
+        if branch in TIMED:
             speed = [_medians(r, "ratios", "best dense").mean() for r in of_branch]
             panels[1].errorbar(speed, mean, half, **style)
     panels[0].set_xlabel("sparsity of the pruned layers, %")
@@ -219,8 +219,8 @@ def write(
     times = f"""{BATCH} images, the networks called in turn; medians of all calls, means
         over the seeds, intervals over the seeds. "dense" is XLA's convolutions; in
         "best dense" and in the tickets each layer has the form that was measured to be
-        fastest for it, which for a layer without blocks may be a product with the
-        unfolded images. Refilled tickets are compacted, to channels in multiples of
+        best for it, which for a layer without blocks may be a product with the unfolded
+        images. Refilled tickets are compacted, to channels in multiples of
         {ROUND_TO} where dead ones allow it. FLOPs are of the executed contractions,
         relative to the dense network's. Error: the largest difference of logits to the
         masked network, relative to the largest logit. Unstructured networks (imp,
@@ -295,4 +295,6 @@ def _told(runs: Sequence[Run]) -> str:
 
 
 def _speed(runs: Sequence[Run]) -> str:
+    if runs[0]["branch"] not in TIMED:
+        return ""
     return f"{_medians(runs, 'ratios', 'best dense').mean():.2f}"

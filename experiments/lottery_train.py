@@ -91,7 +91,7 @@ class Trainer:
             "structured_fraction": within / size,
             "seconds": seconds,
         }
-        if asked.branch not in lottery_masks.STRUCTURED:
+        if asked.branch not in lottery_masks.TIMED:
             return run, {}
         kept = {
             "model": named_leaves(jax.device_get(running["model"])),

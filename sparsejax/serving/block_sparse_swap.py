@@ -61,9 +61,9 @@ def with_blocks(
 
     All forms of each layer are measured on the shapes that it has for the example
     inputs, whose batch should be the one that is served, and the fastest is taken;
-    where that is the dense layer, it stays. A measurement that was stored is taken as
-    it is, so that the result is the same in every run; it must be of this kind of
-    device and of these shapes.
+    where that does not save a tenth of the dense layer's time, this stays. A
+    measurement that was stored is taken as it is, so that the result is the same in
+    every run; it must be of this kind of device and of these shapes.
 
     Remove channels first: `sparsejax.compaction.compact` knows the layers of Flax and
     not those made here. ``Blocks(shape, pairs).take(report.plan.keep[path]).blocks``
@@ -115,7 +115,7 @@ def with_blocks(
         _check_zeros(path, layer, own[path])
         stored = (measured or {}).get(path)
         done[path] = _measure(path, layer, own[path], calls[path], stored)
-    forms = {path: one.fastest for path, one in done.items()}
+    forms = {path: one.best for path, one in done.items()}
     for path, form in forms.items():
         if form != "dense":
             _become_block_sparse(layers[path], own[path], form)

@@ -230,7 +230,7 @@ def made_up(trained):
     accuracies |= {"dense-rewound": 0.79}
     return [
         run
-        | (measured if run["branch"] in lottery_masks.STRUCTURED else {})
+        | (measured if run["branch"] in lottery_masks.TIMED else {})
         | {
             "seed": seed,
             "test_accuracy": accuracies.get(run["branch"], 0.7) + 0.02 * seed,
