@@ -148,7 +148,7 @@ def forms_table(table: Table) -> str:
 
 
 def picture(table: Table) -> Figure:
-    """Draw accuracy over sparsity, and over the speed of what has structure."""
+    """Draw accuracy over density, and over the speed of what has structure."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     dense, rewound = (
@@ -176,12 +176,15 @@ def picture(table: Table) -> Figure:
             "capsize": 2,
             "alpha": 0.85,
         }
-        sparsity = [100 * _sparsity(runs) for runs in of_branch]
-        panels[0].errorbar(sparsity, mean, half, label=branch, **style)
+        left = [100 * (1 - _sparsity(runs)) for runs in of_branch]
+        panels[0].errorbar(left, mean, half, label=branch, **style)
         if branch in TIMED:
             speed = [_medians(r, "ratios", "best dense").mean() for r in of_branch]
             panels[1].errorbar(speed, mean, half, **style)
-    panels[0].set_xlabel("sparsity of the pruned layers, %")
+    panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].invert_xaxis()
+    panels[0].set_xlabel("weights that are left in the pruned layers, %")
     panels[1].set_xlabel(f"times faster than the best dense network, {BATCH} images")
     panels[0].set_ylabel("test accuracy, %")
     figure.legend(loc="outside right center")
