@@ -117,9 +117,8 @@ def condensed_linear(
         )
     vectors = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).T
     out = _neurons(vectors, weights, jnp.asarray(columns))
-    if len(neurons) < n_out:
-        at = jnp.zeros((n_out, vectors.shape[1]), out.dtype).at[neurons]
-        out = at.set(out, mode="promise_in_bounds", unique_indices=True)
+    at = jnp.zeros((n_out, vectors.shape[1]), out.dtype).at[neurons]
+    out = at.set(out, mode="promise_in_bounds", unique_indices=True)
     return out.T if x.ndim == 2 else out.T.reshape(*x.shape[:-1], n_out)
 
 

@@ -40,6 +40,14 @@ def test_layer_equals_the_masked_linear_layer(dtype, dead):
     np.testing.assert_allclose(one, exact[0, 0], atol=atol)
 
 
+def test_neurons_may_come_in_any_order():
+    kernel, mask = constant_fan_in(np.random.default_rng(5), dead=())
+    weights, columns, neurons, n_out = serving.condense(kernel, mask)
+    x, order = jnp.eye(12), np.array([3, 0, 8, 1, 5, 7, 2, 6, 4])
+    y = serving.condensed_linear(x, weights[order], columns[order], order, n_out)
+    np.testing.assert_allclose(y, kernel, rtol=1e-6)
+
+
 def test_sums_of_half_precision_are_exact():
     x = jnp.ones((8, 4096), jnp.bfloat16)  # in bfloat16, 256 + 1 is 256
     weights, columns = jnp.ones((2, 1001), x.dtype), np.tile(np.arange(1001), (2, 1))
